@@ -1,0 +1,53 @@
+"""Packaging of rest_jax. `tasks/` is installed as `rest_jax.tasks` and `gin/` as `rest_jax/gin`; tools are set up in pyproject.toml."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+SEQIO = [
+    "seqio>=0.0.20",
+    "tensorflow>=2.21",
+    "tensorflow-datasets>=4.9.9",
+]
+
+setup(
+    name="rest_jax",
+    version="0.1.0",
+    description="Reinforced Self-Training (ReST) for encoder-decoder translation models in JAX",
+    long_description=pathlib.Path("README.md").read_text(encoding="utf-8")
+    if pathlib.Path("README.md").exists()
+    else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["rest_jax", "rest_jax.*"]), "rest_jax.tasks", "rest_jax.gin"],
+    package_dir={"rest_jax.tasks": "tasks", "rest_jax.gin": "gin"},
+    package_data={
+        "rest_jax": ["py.typed"],
+        "rest_jax.tasks": ["demo_data/**/*"],
+        "rest_jax.gin": ["**/*.gin"],
+    },
+    entry_points={"console_scripts": ["rest_jax = rest_jax.cli:main"]},
+    install_requires=[
+        "absl-py>=2.3",
+        "flax>=0.12",
+        "gin-config>=0.5",
+        "grain>=0.2.15",
+        "jax>=0.10",
+        "matplotlib>=3.10",
+        "numpy>=2.1",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.33",
+        "pyarrow>=21",
+        "sacrebleu>=2.6",
+        "sentencepiece>=0.2.1",
+        "tensorboardX>=2.6.4",
+    ],
+    extras_require={
+        "seqio": SEQIO,
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda13]>=0.10"],
+        "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
+    },
+)
