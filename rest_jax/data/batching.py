@@ -17,6 +17,7 @@ import grain
 import numpy as np
 import numpy.typing as npt
 
+from rest_jax.data.packing import pack_rows
 from rest_jax.errors import UserError
 
 Int32Array = npt.NDArray[np.int32]
@@ -24,11 +25,6 @@ Int64Array = npt.NDArray[np.int64]
 Batch = dict[str, npt.NDArray[Any]]
 
 EOS_ID = 1
-# Examples packed together. Larger windows pack a little denser; this bounds the planner's Python lists.
-_PACK_WINDOW = 32_768
-# Resolution of the packer's size scale, and how many misfits it looks past before it takes a sure fit.
-_SIZE_STEPS = 1024
-_MAX_TRIES = 8
 # Tags that keep the random streams of examples, epochs and rows apart.
 _PART_STREAM, _EPOCH_STREAM, _ROW_STREAM = 1, 2, 3
 _MAX_STEPS = 2**40
@@ -133,7 +129,10 @@ class BatchPlan:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("source_length", source_length)):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("source_length", source_length),
+        ):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if target_length < 1:
@@ -172,7 +171,10 @@ class BatchPlan:
         plan, rows = self._locate(step)
         members = slice(plan.row_starts[rows.start], plan.row_starts[rows.stop]) if len(rows) else slice(0, 0)
         pairs = zip(plan.parts[members], plan.indices[members], strict=True)
-        return np.asarray([self._mixture.parts[part].source_ids[index] for part, index in pairs], np.int64)
+        return np.asarray(
+            [self._mixture.parts[part].source_ids[index] for part, index in pairs],
+            np.int64,
+        )
 
     def iterator(self, *, start_step: int = 0, num_threads: int = 1, prefetch: int = 4) -> grain.DatasetIterator:
         """(step, batch) from `start_step` on, without end, read ahead by `num_threads` threads.
@@ -227,7 +229,12 @@ class BatchPlan:
         num_rows = len(row_starts) - 1
         num_batches = -(-num_rows // self._batch_size)
         batch_starts = np.arange(num_batches + 1, dtype=np.int64) * num_rows // num_batches
-        return _EpochPlan(parts=parts, indices=indices, row_starts=row_starts, batch_starts=batch_starts)
+        return _EpochPlan(
+            parts=parts,
+            indices=indices,
+            row_starts=row_starts,
+            batch_starts=batch_starts,
+        )
 
     def _part_indices(self, part: int, epoch: int) -> Int64Array:
         """The next `examples_per_epoch[part]` examples of the part's endless walk."""
@@ -258,7 +265,10 @@ class BatchPlan:
         targets: list[Int32Array] = []
         for number, row in enumerate(rows):
             for k in range(plan.row_starts[row], plan.row_starts[row + 1]):
-                examples, index = self._mixture.parts[plan.parts[k]], int(plan.indices[k])
+                examples, index = (
+                    self._mixture.parts[plan.parts[k]],
+                    int(plan.indices[k]),
+                )
                 inputs.append(_cut(examples.inputs(index), source_length))
                 targets.append(_cut(examples.targets(index), target_length))
                 row_of.append(number)
@@ -333,7 +343,13 @@ class _Scatter:
     shape: tuple[int, int]
 
     @classmethod
-    def build(cls, sequences: list[Int32Array], row_of: Sequence[int], *, shape: tuple[int, int]) -> "_Scatter":
+    def build(
+        cls,
+        sequences: list[Int32Array],
+        row_of: Sequence[int],
+        *,
+        shape: tuple[int, int],
+    ) -> "_Scatter":
         lengths = np.asarray([len(sequence) for sequence in sequences], np.int64)
         rows = np.asarray(row_of, np.int64)
         starts = np.cumsum(lengths) - lengths  # where each sequence starts in `tokens`
@@ -357,78 +373,11 @@ class _Scatter:
         return flat.reshape(self.shape)
 
 
-def pack_rows(
-    source_lengths: Int64Array, target_lengths: Int64Array, source_length: int, target_length: int
-) -> tuple[Int64Array, Int64Array]:
-    """Packs examples into rows so that neither side overflows.
-
-    Row after row: the largest example left, then again and again the largest that still fits. The size of an example is
-    the larger of its two shares of a row. Examples of one size go in their given order, so a shuffled order packs anew.
-
-    Args:
-      source_lengths, target_lengths: [examples], at most `source_length` and `target_length`.
-
-    Returns:
-      members: [examples] int64, the examples in the order of the rows.
-      row_starts: [rows + 1] int64, where each row starts in `members`.
-    """
-    members: list[int] = []
-    row_starts = [0]
-    for start in range(0, len(source_lengths), _PACK_WINDOW):
-        window = slice(start, start + _PACK_WINDOW)
-        for row in _pack_window(source_lengths[window], target_lengths[window], source_length, target_length):
-            members.extend(start + k for k in row)
-            row_starts.append(len(members))
-    return np.asarray(members, np.int64), np.asarray(row_starts, np.int64)
-
-
-def _pack_window(
-    source_lengths: Int64Array, target_lengths: Int64Array, source_length: int, target_length: int
-) -> list[list[int]]:
-    source_sizes = -(-source_lengths * _SIZE_STEPS // source_length)
-    target_sizes = -(-target_lengths * _SIZE_STEPS // target_length)
-    sizes = np.maximum(source_sizes, target_sizes)
-    # One stack of examples for each size; bit `size` of `filled` says that the stack is not empty.
-    stacks: dict[int, list[int]] = {}
-    for k, size in zip(range(len(sizes) - 1, -1, -1), sizes[::-1].tolist(), strict=True):
-        stacks.setdefault(size, []).append(k)
-    filled = sum(1 << size for size in stacks)
-    sources, targets = source_lengths.tolist(), target_lengths.tolist()
-    rows: list[list[int]] = []
-    while filled:
-        row: list[int] = []
-        source_left, target_left = source_length, target_length
-        while True:
-            # What fits is no larger than the roomier side's rounded-up share; what is no larger than the tighter side's
-            # rounded-down share fits for sure.
-            source_room, target_room = source_left * _SIZE_STEPS, target_left * _SIZE_STEPS
-            roomy = max(-(-source_room // source_length), -(-target_room // target_length))
-            sure = min(source_room // source_length, target_room // target_length)
-            candidates = filled & ((2 << roomy) - 1)
-            tries = 0
-            size = candidates.bit_length() - 1
-            while size > sure:
-                k = stacks[size][-1]
-                if sources[k] <= source_left and targets[k] <= target_left:
-                    break
-                tries += 1
-                candidates &= (1 << (size if tries < _MAX_TRIES else sure + 1)) - 1
-                size = candidates.bit_length() - 1
-            if size < 0:
-                break
-            stack = stacks[size]
-            k = stack.pop()
-            if not stack:
-                filled &= ~(1 << size)
-            row.append(k)
-            source_left -= sources[k]
-            target_left -= targets[k]
-        rows.append(row)
-    return rows
-
-
 def _reorder_rows(
-    parts: Int32Array, indices: Int64Array, row_starts: Int64Array, row_order: Int64Array
+    parts: Int32Array,
+    indices: Int64Array,
+    row_starts: Int64Array,
+    row_order: Int64Array,
 ) -> tuple[Int32Array, Int64Array, Int64Array]:
     """Rows in a new order, each with its examples as they were."""
     lengths = np.diff(row_starts)[row_order]
@@ -457,7 +406,11 @@ def length_groups(lengths: npt.ArrayLike, *, batch_size: int, max_length: int, m
     Returns:
       Chunks in order of (length, index); every index stands in exactly one.
     """
-    for name, value in (("batch_size", batch_size), ("max_length", max_length), ("multiple", multiple)):
+    for name, value in (
+        ("batch_size", batch_size),
+        ("max_length", max_length),
+        ("multiple", multiple),
+    ):
         if value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
     clipped = np.minimum(np.asarray(lengths, np.int64), max_length)
@@ -466,17 +419,10 @@ def length_groups(lengths: npt.ArrayLike, *, batch_size: int, max_length: int, m
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         longest = max(int(clipped[indices[-1]]), 1)
-        groups.append(LengthGroup(indices=indices, padded_length=min(-(-longest // multiple) * multiple, max_length)))
+        groups.append(
+            LengthGroup(
+                indices=indices,
+                padded_length=min(-(-longest // multiple) * multiple, max_length),
+            )
+        )
     return groups
-
-
-__all__ = [
-    "Batch",
-    "BatchPlan",
-    "Examples",
-    "LengthGroup",
-    "MixtureSpec",
-    "length_groups",
-    "pack_rows",
-    "training_batches",
-]

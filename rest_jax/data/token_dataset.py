@@ -86,11 +86,25 @@ def write_token_dataset(
         num_examples = 0
         iterator = iter(rows)
         while block := list(islice(iterator, rows_per_shard)):
-            shards.append(_write_shard(temporary / f"shard-{len(shards):05d}.arrow", block, first_id=num_examples))
+            shards.append(
+                _write_shard(
+                    temporary / f"shard-{len(shards):05d}.arrow",
+                    block,
+                    first_id=num_examples,
+                )
+            )
             num_examples += len(block)
         if not num_examples:
             raise UserError(f"{directory}: the corpus has no examples; check the task's files and split ({dict(info)})")
-        text = json.dumps({**info, "num_examples": num_examples, "num_shards": len(shards), "shards": shards}, indent=2)
+        text = json.dumps(
+            {
+                **info,
+                "num_examples": num_examples,
+                "num_shards": len(shards),
+                "shards": shards,
+            },
+            indent=2,
+        )
         (temporary / INFO_FILE).write_text(text + "\n", encoding="utf-8")
         try:
             os.rename(temporary, directory)

@@ -1,0 +1,141 @@
+"""The files of a scored-sample store: Arrow files that vouch for themselves, and small JSON files, both written whole.
+
+Every file is written to `*.tmp`, synced and renamed. An Arrow file holds one record batch; its row count and the
+SHA-256 of its columns stand in the schema's metadata.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rest_jax.errors import UserError
+
+DONE_FILE = "DONE"
+
+_ROWS_KEY, _SHA_KEY = b"rest_jax.rows", b"rest_jax.sha256"
+
+
+def _content_sha256(batch: pa.RecordBatch) -> str:
+    """A hash of the columns' names, types and values."""
+    digest = hashlib.sha256()
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        digest.update(f"{field.name}:{field.type}:{len(column)};".encode())
+        if pa.types.is_list(field.type):
+            digest.update(column.offsets.to_numpy().tobytes())
+            column = column.values
+        digest.update(column.to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
+def write_batch(path: Path, batch: pa.RecordBatch) -> None:
+    """Writes `batch` with its row count and hash."""
+    metadata = {
+        _ROWS_KEY: str(batch.num_rows).encode(),
+        _SHA_KEY: _content_sha256(batch).encode(),
+    }
+    batch = batch.replace_schema_metadata(metadata)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        with pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        file.flush()
+        os.fsync(file.fileno())
+    _rename(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    _rename(temporary, path)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    os.replace(temporary, path)
+    # The rename itself must survive a power cut, before anything that relies on it is written.
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What DONE says of a file, as its own metadata has it."""
+    metadata = _open_file(path).schema.metadata
+    return {"rows": int(metadata[_ROWS_KEY]), "sha256": metadata[_SHA_KEY].decode()}
+
+
+def remedy(directory: Path) -> str:
+    """What a user does about a damaged file."""
+    return (
+        f"delete the file if it is there, delete {directory / DONE_FILE}, and run the same command again: it draws "
+        "only the missing chunk"
+    )
+
+
+def _open_file(path: Path) -> pa.RecordBatchFileReader:
+    if not path.is_file():
+        raise UserError(f"{path}: missing; {remedy(path.parent)}")
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: truncated or damaged ({error}); {remedy(path.parent)}") from error
+    if not {_ROWS_KEY, _SHA_KEY} <= set(reader.schema.metadata or {}):
+        raise UserError(f"{path}: not a file of a scored-sample store; {remedy(path.parent)}")
+    return reader
+
+
+def read_batch(path: Path, promise: Mapping[str, Any] | None = None) -> pa.RecordBatch:
+    """Maps a file's one record batch and checks it against its own metadata, and DONE's `promise` if there is one.
+
+    Raises:
+      UserError: missing, truncated, damaged or another file; the message names it.
+    """
+    reader = _open_file(path)
+    metadata = reader.schema.metadata
+    try:
+        batch = reader.get_batch(0)
+        batch.validate()
+        intact = _content_sha256(batch).encode() == metadata[_SHA_KEY]
+    except (pa.ArrowInvalid, OSError, ValueError) as error:
+        raise UserError(f"{path}: truncated or damaged ({error}); {remedy(path.parent)}") from error
+    if not intact:
+        raise UserError(
+            f"{path}: damaged (its content is not that of the SHA-256 in its metadata); {remedy(path.parent)}"
+        )
+    if promise is not None and promise["sha256"].encode() != metadata[_SHA_KEY]:
+        raise UserError(f"{path}: not the file that {DONE_FILE} lists; {remedy(path.parent)}")
+    return batch
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; UserError if it is missing or damaged."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: damaged ({error}); {remedy(path.parent)}") from error
+    return content
+
+
+def json_ready(value: Any) -> Any:
+    """NumPy values as plain ones, and null for what JSON has no number for."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
