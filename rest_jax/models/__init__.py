@@ -1,0 +1,1 @@
+"""The policy network and the T5X model contract around it."""
