@@ -1,4 +1,4 @@
-"""Packaging of rest_jax. `tasks/` is installed as `rest_jax.tasks` and `gin/` as `rest_jax/gin`; tools are set up in pyproject.toml."""
+"""Packaging: `tasks/` is installed as `rest_jax.tasks`, `gin/` as `rest_jax/gin`. pyproject.toml sets up the tools."""
 
 import pathlib
 
@@ -48,6 +48,6 @@ setup(
         "seqio": SEQIO,
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
-        "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
+        "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools>=77"],
     },
 )

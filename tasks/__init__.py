@@ -1,1 +1,1 @@
-"""seqio task registrations, installed as `rest_jax.tasks`. Importing a module registers its tasks; this package itself imports nothing."""
+"""seqio task registrations, installed as `rest_jax.tasks`: importing a module registers its tasks."""

@@ -1,4 +1,7 @@
-"""`demo_de_en`: 28,600 German-English Bible verses in the public domain that come with the package (see demo_data/README.md)."""
+"""`demo_de_en`: 28,600 German-English Bible verses that come with the package, in the public domain.
+
+Where they are from: demo_data/README.md.
+"""
 
 import pathlib
 

@@ -26,8 +26,8 @@ try:
     import tensorflow as tf
 except ImportError as error:
     raise UserError(
-        f"reading a seqio task needs the package {error.name!r}, which is not installed; run `pip install 'rest_jax[seqio]'`, or give "
-        "data that is tokenised already"
+        f"reading a seqio task needs the package {error.name!r}, which is not installed; run "
+        "`pip install 'rest_jax[seqio]'`, or give data that is tokenised already"
     ) from error
 
 # TensorFlow only reads text here; by default it would take all memory of the GPUs that JAX computes on.
@@ -39,14 +39,18 @@ _FEATURES = ("inputs", "targets")
 
 
 def get_task(name: str, *, module_imports: Sequence[str] = ()) -> seqio.Task | seqio.Mixture:
-    """Imports `module_imports`, which register tasks, and returns the task or mixture `name`; UserError when either is unknown."""
+    """Imports `module_imports`, which register tasks, and returns the task or mixture `name`.
+
+    Raises:
+      UserError: a module cannot be found, or no such task is registered.
+    """
     for module in module_imports:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise UserError(
-                f"MIXTURE_OR_TASK_MODULES: cannot import {module!r} (no module {error.name!r}); give an importable module that registers "
-                "seqio tasks, e.g. 'rest_jax.tasks.demo', and put its folder on PYTHONPATH"
+                f"MIXTURE_OR_TASK_MODULES: cannot import {module!r} (no module {error.name!r}); give an importable "
+                "module that registers seqio tasks, e.g. 'rest_jax.tasks.demo', and put its folder on PYTHONPATH"
             ) from error
     try:
         return seqio.get_mixture_or_task(name)
@@ -55,8 +59,8 @@ def get_task(name: str, *, module_imports: Sequence[str] = ()) -> seqio.Task | s
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
-            f"MIXTURE_OR_TASK_NAME: no task or mixture {name!r} is registered; {hint}{_listed(known)}; name the module that registers it in "
-            f"MIXTURE_OR_TASK_MODULES (given: {list(module_imports)!r})"
+            f"MIXTURE_OR_TASK_NAME: no task or mixture {name!r} is registered; {hint}{_listed(known)}; name "
+            f"the module that registers it in MIXTURE_OR_TASK_MODULES (given: {list(module_imports)!r})"
         ) from error
 
 
@@ -70,9 +74,10 @@ def tokenize_task(
 ) -> pathlib.Path:
     """Tokenises one split of a seqio task into a token data set below `cache_dir` and returns its directory.
 
-    The directory's name is a hash of the task, its text, its preprocessing, its vocabularies and the lengths: a data set that is there
-    already is used as it is. Rows keep the task's order; the row number is the source id. Tokens longer than `lengths` are trimmed,
-    keeping EOS where the task does (`append_eos_after_trim`); the text columns are whole.
+    The directory's name is a hash of the task, its text, its preprocessing, its vocabularies and the lengths: a data
+    set that is there already is used as it is. Rows keep the task's order; the row number is the source id. Tokens
+    longer than `lengths` are trimmed, keeping EOS where the task does (`append_eos_after_trim`); the text columns are
+    whole.
 
     Args:
       name: seqio task or mixture with features `inputs` and `targets`.
@@ -194,7 +199,7 @@ class _Rows:
         self.at_limit = dict.fromkeys(_FEATURES, 0)
 
     def __iter__(self) -> Iterator[token_dataset.TokenRow]:
-        # The seed is only for mixtures and for preprocessors that draw random numbers: the rows must be the same each time.
+        # The seed is for mixtures and for preprocessors that draw random numbers: the rows must be the same each time.
         dataset = self._task.get_dataset(self._lengths, split=self._split, shuffle=False, seed=0, num_epochs=1)
         for example in dataset.as_numpy_iterator():
             inputs, targets = (np.asarray(example[feature], np.int32) for feature in _FEATURES)
@@ -228,7 +233,7 @@ def _subtask_text_pairs(task: seqio.Task, split: str) -> Iterator[tuple[str, str
         before.append(preprocessor)
     else:
         raise UserError(
-            f"{task.name}: has no step seqio.preprocessors.tokenize, so it is not known which text its vocabulary would see"
+            f"{task.name}: has no step seqio.preprocessors.tokenize, so its vocabulary's text cannot be told"
         )
     feature = seqio.Feature(seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=tf.string, rank=0)
     text_task = seqio.Task(
@@ -252,7 +257,7 @@ def _key_fields(task: seqio.Task | seqio.Mixture, *, split: str, lengths: Mappin
             )
         if feature not in task.output_features:
             raise UserError(
-                f"{task.name}: has no feature {feature!r} but {sorted(task.output_features)}; ReST trains on inputs and targets"
+                f"{task.name}: has features {sorted(task.output_features)} but not {feature!r}; both sides are needed"
             )
     subtasks = seqio.get_subtasks(task)
     for subtask in subtasks:
@@ -283,7 +288,8 @@ def vocabulary_sha256(vocabulary: seqio.Vocabulary) -> str:
         return hashlib.sha256(f"{type(vocabulary).__qualname__} {vocabulary.vocab_size}".encode()).hexdigest()
     if not tf.io.gfile.exists(path):
         raise UserError(
-            f"vocabulary: the file {path} does not exist; train one with `python -m rest_jax vocab`, or correct the task's path"
+            f"vocabulary: the file {path} does not exist; train one with `python -m rest_jax vocab`, or correct the "
+            "task's path"
         )
     with tf.io.gfile.GFile(path, "rb") as file:
         digest = hashlib.sha256(file.read())
@@ -299,7 +305,7 @@ def _describe_source(source: seqio.DataSource, split: str) -> str:
 
 
 def _describe(step: Any) -> str:
-    """A preprocessor as text that is the same in every process and changes with its parameters, as far as Python can tell."""
+    """A preprocessor as text: the same in every process, and another text for other parameters."""
     if isinstance(step, functools.partial):
         arguments = [_describe(value) for value in step.args] + [
             f"{k}={_describe(v)}" for k, v in sorted(step.keywords.items())
