@@ -220,7 +220,10 @@ class BatchPlan:
         order = _random_order(len(parts), self._seed, _EPOCH_STREAM, epoch)
         parts, indices = parts[order], indices[order]
         if self._pack:
-            members, row_starts = pack_rows(*self._example_lengths(parts, indices), *self._lengths)
+            source_length, target_length = self._lengths
+            members, row_starts = pack_rows(
+                *self._example_lengths(parts, indices), source_length=source_length, target_length=target_length
+            )
             parts, indices = parts[members], indices[members]
             row_order = _random_order(len(row_starts) - 1, self._seed, _ROW_STREAM, epoch)
             parts, indices, row_starts = _reorder_rows(parts, indices, row_starts, row_order)

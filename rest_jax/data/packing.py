@@ -15,6 +15,7 @@ _MAX_TRIES = 8
 def pack_rows(
     source_lengths: Int64Array,
     target_lengths: Int64Array,
+    *,
     source_length: int,
     target_length: int,
 ) -> tuple[Int64Array, Int64Array]:
@@ -34,7 +35,9 @@ def pack_rows(
     row_starts = [0]
     for start in range(0, len(source_lengths), _PACK_WINDOW):
         window = slice(start, start + _PACK_WINDOW)
-        for row in _pack_window(source_lengths[window], target_lengths[window], source_length, target_length):
+        for row in _pack_window(
+            source_lengths[window], target_lengths[window], source_length=source_length, target_length=target_length
+        ):
             members.extend(start + k for k in row)
             row_starts.append(len(members))
     return np.asarray(members, np.int64), np.asarray(row_starts, np.int64)
@@ -43,6 +46,7 @@ def pack_rows(
 def _pack_window(
     source_lengths: Int64Array,
     target_lengths: Int64Array,
+    *,
     source_length: int,
     target_length: int,
 ) -> list[list[int]]:

@@ -152,7 +152,7 @@ class StoreWriter:
         for sources_path in sorted(self._directory.glob("sources-*.arrow")):
             for path in (_rows_path(sources_path), sources_path):
                 parts[path.name] = describe(path)
-        write_text(self._directory / DONE_FILE, json.dumps({"files": parts}, indent=1) + "\n")
+        write_text(self._directory / DONE_FILE, json.dumps(parts, indent=1) + "\n")
 
     def _paths(self, chunk: int) -> tuple[Path, Path]:
         suffix = f"{self._process_index:05d}-{chunk:05d}.arrow"
@@ -244,7 +244,7 @@ class ScoredStore:
                 f"{directory}: this Grow step is not finished (no {DONE_FILE}); run the same grow command again, it "
                 "goes on where it stopped"
             )
-        promises = read_json(directory / DONE_FILE)["files"] if done else {}
+        promises = read_json(directory / DONE_FILE) if done else {}
         for name in promises:
             if not (directory / name).is_file():
                 raise UserError(f"{directory / name}: missing; {remedy(directory)}")
@@ -293,7 +293,8 @@ class ScoredStore:
             if batch.schema != batches[0].schema:
                 raise UserError(
                     f"{path}: columns {batch.schema.names}, but {self._row_paths[0].name} has "
-                    f"{batches[0].schema.names}; the reward must not change within a Grow step: delete {self.directory} and run grow again"
+                    f"{batches[0].schema.names}; the reward must not change within a Grow step: "
+                    f"delete {self.directory} and run grow again"
                 )
         schema = batches[0].schema.remove_metadata()
         return pa.Table.from_batches([batch.replace_schema_metadata(None) for batch in batches], schema=schema)

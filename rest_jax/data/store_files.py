@@ -89,7 +89,7 @@ def _open_file(path: Path) -> pa.RecordBatchFileReader:
         raise UserError(f"{path}: missing; {remedy(path.parent)}")
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: truncated or damaged ({error}); {remedy(path.parent)}") from error
     if not {_ROWS_KEY, _SHA_KEY} <= set(reader.schema.metadata or {}):
         raise UserError(f"{path}: not a file of a scored-sample store; {remedy(path.parent)}")
@@ -108,7 +108,7 @@ def read_batch(path: Path, promise: Mapping[str, Any] | None = None) -> pa.Recor
         batch = reader.get_batch(0)
         batch.validate()
         intact = _content_sha256(batch).encode() == metadata[_SHA_KEY]
-    except (pa.ArrowInvalid, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: truncated or damaged ({error}); {remedy(path.parent)}") from error
     if not intact:
         raise UserError(
@@ -122,9 +122,11 @@ def read_batch(path: Path, promise: Mapping[str, Any] | None = None) -> pa.Recor
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; UserError if it is missing or damaged."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: damaged ({error}); {remedy(path.parent)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged (not a JSON object); {remedy(path.parent)}")
     return content
 
 
