@@ -1,0 +1,1 @@
+"""In-graph rewards of sampled translations."""
