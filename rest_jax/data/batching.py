@@ -129,14 +129,10 @@ class BatchPlan:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        for name, value in (
-            ("batch_size", batch_size),
-            ("source_length", source_length),
-        ):
+        sizes = {"batch_size": batch_size, "source_length": source_length, "target_length": target_length}
+        for name, value in sizes.items():
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
-        if target_length < 1:
-            raise UserError(f"target_length must be at least 1, got {target_length}")
         if seed < 0:
             raise UserError(f"seed must be at least 0, got {seed}")
         if batch_size % process_count:
