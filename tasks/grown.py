@@ -19,6 +19,7 @@ import seqio
 import tensorflow as tf
 
 from rest_jax.data.store import ScoredStore, StoreRows
+from rest_jax.data.store_files import DONE_FILE
 from rest_jax.errors import UserError
 from rest_jax.tasks.parallel_text import FilePath, as_vocabulary
 
@@ -28,7 +29,7 @@ SPLIT = "train"
 def register_grown(
     name: str, *, store: FilePath, threshold: float, vocabulary: FilePath | seqio.Vocabulary
 ) -> seqio.Task:
-    """Registers the samples of a store whose reward is above `threshold` as the task `name`, with the one split 'train'.
+    """Registers the samples of a store whose reward is above `threshold` as the task `name`; its only split is 'train'.
 
     The token ids are the store's; `inputs_pretokenized` and `targets_pretokenized` are their texts. Examples come in
     order of (source id, sample id). The store is opened when the split is read, not here.
@@ -69,13 +70,10 @@ class GrownSource(seqio.FunctionDataSource):
         super().__init__(self._read, splits=(SPLIT,))
 
     def fingerprint(self, split: str) -> str:
-        """Changes when the selected samples change: the threshold, and the checksums of all files of the store."""
+        """Changes with the threshold and with any file of the store, whose checksums all stand in DONE."""
         del split
-        store = ScoredStore.open(self._directory)
-        digest = hashlib.sha256(repr(self._threshold).encode())
-        for array in (store.source_ids, store.rewards, store.valid, store.stored):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+        files = (ScoredStore.open(self._directory).directory / DONE_FILE).read_bytes()
+        return hashlib.sha256(repr(self._threshold).encode() + files).hexdigest()
 
     def _read(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del split, shuffle_files, seed
@@ -123,17 +121,18 @@ def trim_before_eos(
 
     A sample that never reached EOS gets none: it would teach the policy to stop there.
     """
-    limits = {side: (sequence_length or {}).get(side) for side in ("inputs", "targets")}
+    limits = {side: sequence_length[side] for side in ("inputs", "targets") if side in (sequence_length or {})}
 
     def trim(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        trimmed = dict(example)
-        for side, limit in limits.items():
-            if limit is not None:
-                ids, eos = example[side], output_features[side].vocabulary.eos_id
-                last = tf.where(ids[-1:] == eos, ids[-1:], ids[limit - 1 : limit])
-                trimmed[side] = tf.cond(
-                    tf.size(ids) > limit, lambda: tf.concat([ids[: limit - 1], last], 0), lambda: ids
-                )
-        return trimmed
+        cut = {
+            side: _cut(example[side], limit, output_features[side].vocabulary.eos_id) for side, limit in limits.items()
+        }
+        return {**example, **cut}
 
     return dataset.map(trim, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _cut(ids: tf.Tensor, limit: int, eos_id: int) -> tf.Tensor:
+    """The first `limit` of `ids` [length]; the last of them is EOS if EOS ends `ids`."""
+    kept = ids[:limit]
+    return tf.concat([kept[:-1], tf.where(ids[-1:] == eos_id, ids[-1:], kept[-1:])], axis=0)

@@ -1,0 +1,15 @@
+"""Settings that must stand before JAX or TensorFlow is imported, and fixtures for real text."""
+
+import os
+
+# Tests that need a mesh get eight devices on any machine; the others see them and use one.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# A test that would download something must fail, not wait for a network; TFDS's mock data does not look.
+os.environ.setdefault("TFDS_DATA_DIR", "/nonexistent/tfds")
+
+import hypothesis
+
+# The outcome of a run is a function of the code: the examples are the same each time, and a slow machine fails none.
+hypothesis.settings.register_profile("rest_jax", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("rest_jax")
