@@ -31,6 +31,7 @@ from rest_jax.data.store_files import (
     json_ready,
     read_batch,
     read_json,
+    read_metadata,
     remedy,
     write_batch,
     write_text,
@@ -41,6 +42,7 @@ from rest_jax.errors import UserError
 STATS_FILE = "stats.json"
 REWARD_PREFIX = "reward/"
 
+_STATISTICS_KEY = b"rest_jax.statistics"
 _SOURCES_NAME = re.compile(r"sources-(\d+)-(\d+)\.arrow")
 
 BoolArray = npt.NDArray[np.bool_]
@@ -49,46 +51,48 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ChunkRows:
     """The survivors of one chunk, K of them.
 
     Attributes:
-      source_ids, sample_ids: [K] which source, and which of its samples.
+      source_id, sample_id: [K] which source, and which of its samples.
       inputs, targets: K sequences of token ids; a sample ends in EOS where it hit it.
-      log_probs: [K] natural log-probability under the sampling policy, summed over the tokens incl. EOS.
-      rewards: component name -> [K].
-      total_rewards: [K] what the filters compare.
+      log_prob: [K] natural log-probability under the sampling policy, summed over the tokens incl. EOS.
+      components: reward component -> [K].
+      reward: [K] the total, what the filters compare.
+      length: [K] tokens of each sample.
       hit_eos: [K] the sample ended by itself.
       policy_step: train step of the sampling policy.
     """
 
-    source_ids: npt.ArrayLike
-    sample_ids: npt.ArrayLike
+    source_id: npt.ArrayLike
+    sample_id: npt.ArrayLike
     inputs: Sequence[npt.ArrayLike]
     targets: Sequence[npt.ArrayLike]
-    log_probs: npt.ArrayLike
-    rewards: Mapping[str, npt.ArrayLike]
-    total_rewards: npt.ArrayLike
+    log_prob: npt.ArrayLike
+    components: Mapping[str, npt.ArrayLike]
+    reward: npt.ArrayLike
+    length: npt.ArrayLike
     hit_eos: npt.ArrayLike
     policy_step: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ChunkSources:
     """The sources of one chunk, s of them, with all N samples of each.
 
     Attributes:
-      source_ids: [s].
+      source_id: [s].
       rewards: [s, N] total rewards.
       valid: [s, N] False for a copy of an earlier sample of the same source, and for a refused sample.
-      reference_rewards: [s] the reward of the reference; NaN without one.
+      reference_reward: [s] the reward of the reference; NaN without one.
     """
 
-    source_ids: npt.ArrayLike
+    source_id: npt.ArrayLike
     rewards: npt.ArrayLike
     valid: npt.ArrayLike
-    reference_rewards: npt.ArrayLike
+    reference_reward: npt.ArrayLike
 
 
 class StoreWriter:
@@ -126,8 +130,13 @@ class StoreWriter:
                 committed.add(chunk)
         return committed
 
-    def write(self, chunk: int, rows: ChunkRows, sources: ChunkSources) -> None:
+    def write(self, chunk: int, rows: ChunkRows, sources: ChunkSources, statistics: Mapping[str, Any]) -> None:
         """Commits one chunk.
+
+        Args:
+          chunk: its number among this process's chunks.
+          rows, sources: its survivors and its sources.
+          statistics: sums over all its samples, JSON or NumPy values, kept with it for `chunk_statistics`.
 
         Raises:
           ValueError: the store is finished, or the shapes of `rows` and `sources` do not agree.
@@ -135,11 +144,15 @@ class StoreWriter:
         if (self._directory / DONE_FILE).exists():
             raise ValueError(f"{self._directory} is finished: no chunk can be added")
         rows_path, sources_path = self._paths(chunk)
-        row_batch, source_batch = _row_batch(rows), _source_batch(sources)
+        row_batch, source_batch = _row_batch(rows), _source_batch(sources, statistics)
         if not set(row_batch.column("source_id").to_pylist()) <= set(source_batch.column("source_id").to_pylist()):
             raise ValueError(f"chunk {chunk}: a survivor's source is not among the chunk's sources")
         write_batch(rows_path, row_batch)
         write_batch(sources_path, source_batch)
+
+    def chunk_statistics(self) -> list[dict[str, Any]]:
+        """The `statistics` of every committed chunk of every process, in order of (process, chunk)."""
+        return [read_metadata(path, _STATISTICS_KEY) for path in sorted(self._directory.glob("sources-*.arrow"))]
 
     def finish(self, stats: Mapping[str, Any]) -> None:
         """Writes stats.json, then DONE. One process calls it, once all chunks of all processes are committed.
@@ -408,25 +421,28 @@ def _mean(values: npt.NDArray[Any]) -> float:
 
 def _row_batch(rows: ChunkRows) -> pa.RecordBatch:
     targets = [np.asarray(target, np.int32) for target in rows.targets]
+    length = np.asarray([len(target) for target in targets], np.int32)
+    if not np.array_equal(length, np.asarray(rows.length)):
+        raise ValueError("length is not the length of targets: were the samples cut at their end?")
     columns: dict[str, pa.Array] = {
-        "source_id": pa.array(np.asarray(rows.source_ids, np.int64)),
-        "sample_id": pa.array(np.asarray(rows.sample_ids, np.int32)),
+        "source_id": pa.array(np.asarray(rows.source_id, np.int64)),
+        "sample_id": pa.array(np.asarray(rows.sample_id, np.int32)),
         "inputs": token_lists([np.asarray(tokens, np.int32) for tokens in rows.inputs]),
         "targets": token_lists(targets),
-        "log_prob": pa.array(np.asarray(rows.log_probs, np.float32)),
+        "log_prob": pa.array(np.asarray(rows.log_prob, np.float32)),
         **{
             f"{REWARD_PREFIX}{name}": pa.array(np.asarray(values, np.float32))
-            for name, values in sorted(rows.rewards.items())
+            for name, values in sorted(rows.components.items())
         },
-        "reward": pa.array(np.asarray(rows.total_rewards, np.float32)),
-        "length": pa.array(np.asarray([len(target) for target in targets], np.int32)),
+        "reward": pa.array(np.asarray(rows.reward, np.float32)),
+        "length": pa.array(length),
         "hit_eos": pa.array(np.asarray(rows.hit_eos, np.bool_)),
         "policy_step": pa.array(np.full(len(targets), rows.policy_step, np.int64)),
     }
     return pa.RecordBatch.from_pydict(columns)
 
 
-def _source_batch(sources: ChunkSources) -> pa.RecordBatch:
+def _source_batch(sources: ChunkSources, statistics: Mapping[str, Any]) -> pa.RecordBatch:
     rewards, valid = (
         np.asarray(sources.rewards, np.float32),
         np.asarray(sources.valid, np.bool_),
@@ -434,14 +450,16 @@ def _source_batch(sources: ChunkSources) -> pa.RecordBatch:
     if rewards.ndim != 2 or rewards.shape != valid.shape:
         raise ValueError(f"rewards {rewards.shape} and valid {valid.shape} must both be [sources, samples]")
     offsets = pa.array(np.arange(len(rewards) + 1, dtype=np.int32) * rewards.shape[1])
-    return pa.RecordBatch.from_pydict(
+    batch = pa.RecordBatch.from_pydict(
         {
-            "source_id": pa.array(np.asarray(sources.source_ids, np.int64)),
+            "source_id": pa.array(np.asarray(sources.source_id, np.int64)),
             "rewards": pa.ListArray.from_arrays(offsets, pa.array(rewards.reshape(-1))),
             "valid": pa.ListArray.from_arrays(offsets, pa.array(valid.reshape(-1))),
-            "reference_reward": pa.array(np.asarray(sources.reference_rewards, np.float32)),
+            "reference_reward": pa.array(np.asarray(sources.reference_reward, np.float32)),
         }
     )
+    text = json.dumps(json_ready(statistics), sort_keys=True)
+    return batch.replace_schema_metadata({_STATISTICS_KEY: text.encode()})
 
 
 def _matrix(column: pa.ListArray, num_samples: int) -> npt.NDArray[Any]:

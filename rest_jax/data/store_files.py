@@ -23,8 +23,11 @@ _ROWS_KEY, _SHA_KEY = b"rest_jax.rows", b"rest_jax.sha256"
 
 
 def _content_sha256(batch: pa.RecordBatch) -> str:
-    """A hash of the columns' names, types and values."""
+    """A hash of the columns' names, types and values, and of the metadata that is not about the file itself."""
     digest = hashlib.sha256()
+    for key, value in sorted((batch.schema.metadata or {}).items()):
+        if key not in (_ROWS_KEY, _SHA_KEY):
+            digest.update(b"%s=%s;" % (key, value))
     for field, column in zip(batch.schema, batch.columns, strict=True):
         digest.update(f"{field.name}:{field.type}:{len(column)};".encode())
         if pa.types.is_list(field.type):
@@ -37,6 +40,7 @@ def _content_sha256(batch: pa.RecordBatch) -> str:
 def write_batch(path: Path, batch: pa.RecordBatch) -> None:
     """Writes `batch` with its row count and hash."""
     metadata = {
+        **(batch.schema.metadata or {}),
         _ROWS_KEY: str(batch.num_rows).encode(),
         _SHA_KEY: _content_sha256(batch).encode(),
     }
@@ -117,6 +121,12 @@ def read_batch(path: Path, promise: Mapping[str, Any] | None = None) -> pa.Recor
     if promise is not None and promise["sha256"].encode() != metadata[_SHA_KEY]:
         raise UserError(f"{path}: not the file that {DONE_FILE} lists; {remedy(path.parent)}")
     return batch
+
+
+def read_metadata(path: Path, key: bytes) -> dict[str, Any]:
+    """A JSON object from an Arrow file's metadata; the file was checked when it was written or `read_batch` read it."""
+    content: dict[str, Any] = json.loads(_open_file(path).schema.metadata[key])
+    return content
 
 
 def read_json(path: Path) -> dict[str, Any]:

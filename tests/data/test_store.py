@@ -35,24 +35,30 @@ def chunk(
     valid[:, 1] = False
     s, n = np.nonzero((rewards > grow_threshold) & valid)
     ids = np.array(source_ids)[s]
+    targets = [np.array(sample(i, k)[1]) for i, k in zip(ids.tolist(), n.tolist(), strict=True)]
     rows = ChunkRows(
-        source_ids=ids,
-        sample_ids=n,
+        source_id=ids,
+        sample_id=n,
         inputs=[np.array([i + 2] * 3 + [1]) for i in ids],
-        targets=[np.array(sample(i, k)[1]) for i, k in zip(ids.tolist(), n.tolist(), strict=True)],
-        log_probs=-rewards[s, n],
-        rewards={"chrf": rewards[s, n], "adequacy": rewards[s, n] / 2},
-        total_rewards=rewards[s, n],
+        targets=targets,
+        length=[len(tokens) for tokens in targets],
+        log_prob=-rewards[s, n],
+        components={"chrf": rewards[s, n], "adequacy": rewards[s, n] / 2},
+        reward=rewards[s, n],
         hit_eos=n != 3,
         policy_step=120,
     )
     reference_rewards = np.full(len(source_ids), 0.9, np.float32)
-    return rows, ChunkSources(source_ids, rewards, valid, reference_rewards)
+    return rows, ChunkSources(source_id=source_ids, rewards=rewards, valid=valid, reference_reward=reference_rewards)
+
+
+def statistics(source_ids: list[int]) -> dict[str, Any]:
+    return {"count": np.int32(4 * len(source_ids)), "reward_sum": np.float32(0.1), "histogram": np.array(source_ids)}
 
 
 def write_store(directory: Path, *, chunks: dict[tuple[int, int], list[int]] = CHUNKS, done: bool = True) -> Path:
     for (process, number), source_ids in chunks.items():
-        StoreWriter(directory, process_index=process).write(number, *chunk(source_ids))
+        StoreWriter(directory, process_index=process).write(number, *chunk(source_ids), statistics(source_ids))
     if done:
         StoreWriter(directory, process_index=0).finish({"count": np.int64(32), "mean": 0.5})
     return directory
@@ -156,9 +162,9 @@ def test_filter_report_of_nothing(tmp_path: Path) -> None:
 
 def test_a_chunk_without_survivors(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path / "g", process_index=0)
-    writer.write(0, *chunk([1, 2], grow_threshold=1.0))
-    writer.write(1, *chunk([3, 4]))
-    writer.write(2, *chunk([5], grow_threshold=1.0))
+    writer.write(0, *chunk([1, 2], grow_threshold=1.0), {})
+    writer.write(1, *chunk([3, 4]), {})
+    writer.write(2, *chunk([5], grow_threshold=1.0), {})
     assert writer.committed_chunks() == {0, 1, 2}
     writer.finish({})
     store = ScoredStore.open(tmp_path / "g")
@@ -170,7 +176,7 @@ def test_a_chunk_without_survivors(tmp_path: Path) -> None:
 
 def test_no_survivors_at_all(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path / "g", process_index=0)
-    writer.write(0, *chunk([1, 2], grow_threshold=1.0))
+    writer.write(0, *chunk([1, 2], grow_threshold=1.0), {})
     writer.finish({})
     store = ScoredStore.open(tmp_path / "g")
     rows = store.select(np.zeros((2, NUM_SAMPLES)))
@@ -211,7 +217,7 @@ def test_a_damaged_chunk_is_named_and_drawn_again(tmp_path: Path, name: str, kin
     assert writer.committed_chunks() == {0}
     with pytest.raises(UserError, match="not finished"):
         ScoredStore.open(tmp_path / "g")
-    writer.write(1, *chunk(CHUNKS[0, 1]))
+    writer.write(1, *chunk(CHUNKS[0, 1]), statistics(CHUNKS[0, 1]))
     writer.finish({"count": 32, "mean": 0.5})
     assert files(tmp_path / "g") == whole
 
@@ -313,8 +319,8 @@ def test_a_source_in_two_chunks_is_refused(tmp_path: Path) -> None:
 
 def test_another_number_of_samples_is_refused(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path / "g", process_index=0)
-    writer.write(0, *chunk([1, 2]))
-    writer.write(1, *chunk([3], num_samples=2))
+    writer.write(0, *chunk([1, 2]), {})
+    writer.write(1, *chunk([3], num_samples=2), {})
     writer.finish({})
     with pytest.raises(UserError, match="sources-00000-00001.arrow: 2 samples a source.*has 4"):
         ScoredStore.open(tmp_path / "g")
@@ -322,25 +328,50 @@ def test_another_number_of_samples_is_refused(tmp_path: Path) -> None:
 
 def test_another_reward_is_refused(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path / "g", process_index=0)
-    writer.write(0, *chunk([1, 2]))
+    writer.write(0, *chunk([1, 2]), {})
     rows, sources = chunk([3])
-    writer.write(1, ChunkRows(**{**vars(rows), "rewards": {"bleu": rows.total_rewards}}), sources)
+    writer.write(1, ChunkRows(**{**vars(rows), "components": {"bleu": rows.reward}}), sources, {})
     writer.finish({})
     with pytest.raises(UserError, match="part-00000-00001.arrow.*the reward must not change"):
         _ = ScoredStore.open(tmp_path / "g").rows
 
 
+def test_statistics_of_chunks_outlive_the_process(tmp_path: Path) -> None:
+    write_store(tmp_path / "g", done=False)
+    assert StoreWriter(tmp_path / "g", process_index=0).chunk_statistics() == [
+        {"count": 4 * len(ids), "reward_sum": float(np.float32(0.1)), "histogram": ids} for ids in CHUNKS.values()
+    ]
+
+
+def test_changed_statistics_are_damage(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "g", done=False) / "sources-00000-00001.arrow"
+    content = path.read_bytes()
+    path.unlink()
+    # Arrow keeps the schema twice: at the front, and in the footer, which is what readers use.
+    path.write_bytes(content.replace(b'"count": 8', b'"count": 9'))
+    assert StoreWriter(tmp_path / "g", process_index=0).committed_chunks() == {0}
+
+
+def test_samples_that_were_not_cut_are_refused(tmp_path: Path) -> None:
+    rows, sources = chunk([1, 2])
+    padded = [np.append(tokens, 0) for tokens in rows.targets]
+    with pytest.raises(ValueError, match="length is not the length of targets"):
+        StoreWriter(tmp_path / "g", process_index=0).write(
+            0, ChunkRows(**{**vars(rows), "targets": padded}), sources, {}
+        )
+
+
 def test_a_finished_store_takes_no_more(tmp_path: Path) -> None:
     write_store(tmp_path / "g")
     with pytest.raises(ValueError, match="finished"):
-        StoreWriter(tmp_path / "g", process_index=0).write(2, *chunk([99]))
+        StoreWriter(tmp_path / "g", process_index=0).write(2, *chunk([99]), {})
 
 
 def test_a_survivor_of_a_foreign_source_is_refused(tmp_path: Path) -> None:
     rows, _ = chunk([1, 2])
     _, sources = chunk([3, 4])
     with pytest.raises(ValueError, match="not among the chunk's sources"):
-        StoreWriter(tmp_path / "g", process_index=0).write(0, rows, sources)
+        StoreWriter(tmp_path / "g", process_index=0).write(0, rows, sources, {})
     assert os.listdir(tmp_path / "g") == []
 
 
