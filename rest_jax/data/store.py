@@ -56,24 +56,22 @@ class ChunkRows:
     """The survivors of one chunk, K of them.
 
     Attributes:
-      source_id, sample_id: [K] which source, and which of its samples.
+      source_ids, sample_ids: [K] which source, and which of its samples.
       inputs, targets: K sequences of token ids; a sample ends in EOS where it hit it.
-      log_prob: [K] natural log-probability under the sampling policy, summed over the tokens incl. EOS.
-      components: reward component -> [K].
-      reward: [K] the total, what the filters compare.
-      length: [K] tokens of each sample.
+      log_probs: [K] natural log-probability under the sampling policy, summed over the tokens incl. EOS.
+      rewards: reward component -> [K].
+      total_rewards: [K] what the filters compare.
       hit_eos: [K] the sample ended by itself.
       policy_step: train step of the sampling policy.
     """
 
-    source_id: npt.ArrayLike
-    sample_id: npt.ArrayLike
+    source_ids: npt.ArrayLike
+    sample_ids: npt.ArrayLike
     inputs: Sequence[npt.ArrayLike]
     targets: Sequence[npt.ArrayLike]
-    log_prob: npt.ArrayLike
-    components: Mapping[str, npt.ArrayLike]
-    reward: npt.ArrayLike
-    length: npt.ArrayLike
+    log_probs: npt.ArrayLike
+    rewards: Mapping[str, npt.ArrayLike]
+    total_rewards: npt.ArrayLike
     hit_eos: npt.ArrayLike
     policy_step: int
 
@@ -83,16 +81,16 @@ class ChunkSources:
     """The sources of one chunk, s of them, with all N samples of each.
 
     Attributes:
-      source_id: [s].
+      source_ids: [s].
       rewards: [s, N] total rewards.
       valid: [s, N] False for a copy of an earlier sample of the same source, and for a refused sample.
-      reference_reward: [s] the reward of the reference; NaN without one.
+      reference_rewards: [s] the reward of the reference; NaN without one.
     """
 
-    source_id: npt.ArrayLike
+    source_ids: npt.ArrayLike
     rewards: npt.ArrayLike
     valid: npt.ArrayLike
-    reference_reward: npt.ArrayLike
+    reference_rewards: npt.ArrayLike
 
 
 class StoreWriter:
@@ -421,21 +419,18 @@ def _mean(values: npt.NDArray[Any]) -> float:
 
 def _row_batch(rows: ChunkRows) -> pa.RecordBatch:
     targets = [np.asarray(target, np.int32) for target in rows.targets]
-    length = np.asarray([len(target) for target in targets], np.int32)
-    if not np.array_equal(length, np.asarray(rows.length)):
-        raise ValueError("length is not the length of targets: were the samples cut at their end?")
     columns: dict[str, pa.Array] = {
-        "source_id": pa.array(np.asarray(rows.source_id, np.int64)),
-        "sample_id": pa.array(np.asarray(rows.sample_id, np.int32)),
+        "source_id": pa.array(np.asarray(rows.source_ids, np.int64)),
+        "sample_id": pa.array(np.asarray(rows.sample_ids, np.int32)),
         "inputs": token_lists([np.asarray(tokens, np.int32) for tokens in rows.inputs]),
         "targets": token_lists(targets),
-        "log_prob": pa.array(np.asarray(rows.log_prob, np.float32)),
+        "log_prob": pa.array(np.asarray(rows.log_probs, np.float32)),
         **{
             f"{REWARD_PREFIX}{name}": pa.array(np.asarray(values, np.float32))
-            for name, values in sorted(rows.components.items())
+            for name, values in sorted(rows.rewards.items())
         },
-        "reward": pa.array(np.asarray(rows.reward, np.float32)),
-        "length": pa.array(length),
+        "reward": pa.array(np.asarray(rows.total_rewards, np.float32)),
+        "length": pa.array(np.asarray([len(target) for target in targets], np.int32)),
         "hit_eos": pa.array(np.asarray(rows.hit_eos, np.bool_)),
         "policy_step": pa.array(np.full(len(targets), rows.policy_step, np.int64)),
     }
@@ -452,10 +447,10 @@ def _source_batch(sources: ChunkSources, statistics: Mapping[str, Any]) -> pa.Re
     offsets = pa.array(np.arange(len(rewards) + 1, dtype=np.int32) * rewards.shape[1])
     batch = pa.RecordBatch.from_pydict(
         {
-            "source_id": pa.array(np.asarray(sources.source_id, np.int64)),
+            "source_id": pa.array(np.asarray(sources.source_ids, np.int64)),
             "rewards": pa.ListArray.from_arrays(offsets, pa.array(rewards.reshape(-1))),
             "valid": pa.ListArray.from_arrays(offsets, pa.array(valid.reshape(-1))),
-            "reference_reward": pa.array(np.asarray(sources.reference_reward, np.float32)),
+            "reference_reward": pa.array(np.asarray(sources.reference_rewards, np.float32)),
         }
     )
     text = json.dumps(json_ready(statistics), sort_keys=True)

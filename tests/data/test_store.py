@@ -37,19 +37,18 @@ def chunk(
     ids = np.array(source_ids)[s]
     targets = [np.array(sample(i, k)[1]) for i, k in zip(ids.tolist(), n.tolist(), strict=True)]
     rows = ChunkRows(
-        source_id=ids,
-        sample_id=n,
+        source_ids=ids,
+        sample_ids=n,
         inputs=[np.array([i + 2] * 3 + [1]) for i in ids],
         targets=targets,
-        length=[len(tokens) for tokens in targets],
-        log_prob=-rewards[s, n],
-        components={"chrf": rewards[s, n], "adequacy": rewards[s, n] / 2},
-        reward=rewards[s, n],
+        log_probs=-rewards[s, n],
+        rewards={"chrf": rewards[s, n], "adequacy": rewards[s, n] / 2},
+        total_rewards=rewards[s, n],
         hit_eos=n != 3,
         policy_step=120,
     )
     reference_rewards = np.full(len(source_ids), 0.9, np.float32)
-    return rows, ChunkSources(source_id=source_ids, rewards=rewards, valid=valid, reference_reward=reference_rewards)
+    return rows, ChunkSources(source_ids=source_ids, rewards=rewards, valid=valid, reference_rewards=reference_rewards)
 
 
 def statistics(source_ids: list[int]) -> dict[str, Any]:
@@ -330,7 +329,7 @@ def test_another_reward_is_refused(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path / "g", process_index=0)
     writer.write(0, *chunk([1, 2]), {})
     rows, sources = chunk([3])
-    writer.write(1, ChunkRows(**{**vars(rows), "components": {"bleu": rows.reward}}), sources, {})
+    writer.write(1, ChunkRows(**{**vars(rows), "rewards": {"bleu": rows.total_rewards}}), sources, {})
     writer.finish({})
     with pytest.raises(UserError, match="part-00000-00001.arrow.*the reward must not change"):
         _ = ScoredStore.open(tmp_path / "g").rows
@@ -350,15 +349,6 @@ def test_changed_statistics_are_damage(tmp_path: Path) -> None:
     # Arrow keeps the schema twice: at the front, and in the footer, which is what readers use.
     path.write_bytes(content.replace(b'"count": 8', b'"count": 9'))
     assert StoreWriter(tmp_path / "g", process_index=0).committed_chunks() == {0}
-
-
-def test_samples_that_were_not_cut_are_refused(tmp_path: Path) -> None:
-    rows, sources = chunk([1, 2])
-    padded = [np.append(tokens, 0) for tokens in rows.targets]
-    with pytest.raises(ValueError, match="length is not the length of targets"):
-        StoreWriter(tmp_path / "g", process_index=0).write(
-            0, ChunkRows(**{**vars(rows), "targets": padded}), sources, {}
-        )
 
 
 def test_a_finished_store_takes_no_more(tmp_path: Path) -> None:
