@@ -15,7 +15,7 @@ FILE_NAME = "metrics.jsonl"
 class MetricsWriter:
     """Appends `{"phase", "step", "time", ...scalars}` to `metrics.jsonl` and to `tensorboard/<phase>/`.
 
-    A phase that resumes calls `resume` first: what it had logged beyond its checkpoint is dropped, since it is logged again.
+    A phase that resumes calls `resume` first: what it logged beyond its checkpoint is dropped, as it is logged again.
 
     Args:
       model_dir: the run's directory.

@@ -84,7 +84,7 @@ class Chrono:
 class ProgressLine:
     """Prints a phase's progress.
 
-    The ETA comes from the steps after the first report, because the first one holds the compilation: it is the mean over
+    The ETA comes from the steps after the first report, because that one holds the compilation: it is the mean over
     all of them, so it does not jump. Time inside `paused()` counts neither for the ETA nor for tok/s.
 
     Args:
