@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib
 import io
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,22 +17,23 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from rest_jax.data import token_dataset
+from rest_jax.data import native_logs, token_dataset
 from rest_jax.errors import UserError
 
-# TensorFlow reads this when it is loaded; its start-up notes would drown the run's own log.
+# TensorFlow reads this when it is loaded.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 try:
-    import seqio
-    import tensorflow as tf
+    with native_logs.without_chatter():
+        import seqio
+        import tensorflow as tf
+
+        # TensorFlow only reads text here; by default it would take all memory of the GPUs that JAX computes on.
+        tf.config.set_visible_devices([], "GPU")
 except ImportError as error:
     raise UserError(
         f"reading a seqio task needs the package {error.name!r}, which is not installed; run "
         "`pip install 'rest_jax[seqio]'`, or give data that is tokenised already"
     ) from error
-
-# TensorFlow only reads text here; by default it would take all memory of the GPUs that JAX computes on.
-tf.config.set_visible_devices([], "GPU")
 
 # Version of what `tokenize_task` writes: part of every key, raised when the same task would give other rows.
 _FORMAT = 1
@@ -160,7 +162,7 @@ def train_vocabulary(
     sentencepiece.set_random_generator_seed(0)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_chain(first, texts),
+            sentence_iterator=itertools.chain([first], texts),
             model_writer=model,
             model_type="unigram",
             vocab_size=size,
@@ -201,7 +203,10 @@ class _Rows:
     def __iter__(self) -> Iterator[token_dataset.TokenRow]:
         # The seed is for mixtures and for preprocessors that draw random numbers: the rows must be the same each time.
         dataset = self._task.get_dataset(self._lengths, split=self._split, shuffle=False, seed=0, num_epochs=1)
-        for example in dataset.as_numpy_iterator():
+        examples = dataset.as_numpy_iterator()
+        with native_logs.without_chatter():  # SentencePiece's, when the first example makes it read the vocabulary
+            first = next(examples, None)
+        for example in examples if first is None else itertools.chain([first], examples):
             inputs, targets = (np.asarray(example[feature], np.int32) for feature in _FEATURES)
             self.count += 1
             self.at_limit["inputs"] += len(inputs) >= self._lengths["inputs"]
@@ -327,8 +332,3 @@ def _without_address(text: str) -> str:
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:20])
     return f"registered are: {shown}{', ...' if len(names) > 20 else ''}" if names else "no task is registered at all"
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
