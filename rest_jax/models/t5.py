@@ -11,6 +11,7 @@ There is no decoding cache here: rest_jax.sampling decodes with pure functions o
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -161,6 +162,38 @@ def pair_mask(
     return mask[:, None, :, :]
 
 
+def attend(query: Array, key: Array, value: Array, bias: Array) -> Array:
+    """softmax(query · key + bias) · value, the softmax in float32 whatever the activations are.
+
+    [B, T, H, K], [B, S, H, K], [B, S, H, K], bias [B or 1, H or 1, T, S] -> [B, T, H, K]
+    """
+    logits = jnp.einsum("bqhk,bshk->bhqs", query, key, preferred_element_type=jnp.float32) + bias
+    # Divided by the sum after the product with the values: T*K divisions in place of T*S, in the gradient as well, and
+    # no normalised copy of the [B, H, T, S] weights.
+    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    sums = jnp.sum(weights, axis=-1).swapaxes(1, 2)[..., None]
+    outputs = jnp.einsum("bhqs,bshk->bqhk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return (outputs / sums).astype(value.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def repeat_over_batch(x: Array, batch_size: int) -> Array:
+    """[1, ...] -> [batch_size, ...]. The gradient sums over the batch as a matrix product, which the CPU does 5x faster."""
+    return jnp.broadcast_to(x, (batch_size, *x.shape[1:]))
+
+
+def _repeat_forward(x: Array, batch_size: int) -> tuple[Array, None]:
+    return repeat_over_batch(x, batch_size), None
+
+
+def _repeat_backward(batch_size: int, _: None, cotangent: Array) -> tuple[Array]:
+    ones = jnp.ones((1, batch_size), cotangent.dtype)
+    return (jnp.tensordot(ones, cotangent, axes=1, precision=jax.lax.Precision.HIGHEST),)
+
+
+repeat_over_batch.defvjp(_repeat_forward, _repeat_backward)
+
+
 def _variance_scaling(distribution: str, *, mode: str = "fan_in") -> Initializer:
     return nn.initializers.variance_scaling(1.0, mode, distribution)
 
@@ -236,12 +269,7 @@ class Attention(nn.Module):
             # so it scales the values instead, S*H*K products in place of T*S*H.
             mask_shape = (value.shape[0], value.shape[1], config.num_heads, 1)
             value = value * _dropout_mask(self.make_rng("dropout"), config.dropout_rate, mask_shape, value.dtype)
-        # Logits and softmax in float32 whatever the activations are.
-        logits = jnp.einsum("bqhk,bshk->bhqs", query, key, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits + bias, axis=-1).astype(dtype)
-        # [B, H, T, S], [B, S, H, K] -> [B, T, H, K]
-        outputs = jnp.einsum("bhqs,bshk->bqhk", weights, value)
-        outputs = outputs.reshape(*outputs.shape[:2], joined)
+        outputs = attend(query, key, value, bias).reshape(*query.shape[:2], joined)
         return Dense(inputs_q.shape[-1], kv_init, dtype, name="out")(outputs)
 
 
@@ -355,7 +383,7 @@ class Encoder(nn.Module):
         config = self.config
         length = x.shape[1]
         bias = RelativePositionBias(config, bidirectional=True, name="relpos_bias")(length, length)
-        bias = bias + attention_bias(mask)
+        bias = repeat_over_batch(bias, x.shape[0]) + attention_bias(mask)
         x = Dropout(config.dropout_rate)(x, enable_dropout)
         for index in range(config.num_encoder_layers):
             x = EncoderLayer(config, name=f"layers_{index}")(x, bias, enable_dropout)
@@ -373,7 +401,8 @@ class Decoder(nn.Module):
         config = self.config
         length = x.shape[1]
         bias = RelativePositionBias(config, bidirectional=False, name="relpos_bias")(length, length)
-        bias, cross_bias = bias + attention_bias(mask), attention_bias(cross_mask)
+        bias = repeat_over_batch(bias, x.shape[0]) + attention_bias(mask)
+        cross_bias = attention_bias(cross_mask)
         x = Dropout(config.dropout_rate)(x, enable_dropout)
         for index in range(config.num_decoder_layers):
             x = DecoderLayer(config, name=f"layers_{index}")(x, encoded, bias, cross_bias, enable_dropout)
