@@ -75,6 +75,11 @@ class GrownSource(seqio.FunctionDataSource):
         files = (ScoredStore.open(self._directory).directory / DONE_FILE).read_bytes()
         return hashlib.sha256(repr(self._threshold).encode() + files).hexdigest()
 
+    def check(self, split: str) -> None:
+        """UserError for all that reading would raise; see `register_grown`."""
+        del split
+        self._select()
+
     def _read(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del split, shuffle_files, seed
         rows = self._select()

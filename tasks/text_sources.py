@@ -34,6 +34,10 @@ class TextSplit(Protocol):
         """Changes when the pairs change: tokenised copies of other text must not be used."""
         ...
 
+    def check(self) -> None:
+        """Raises UserError for faults that can be found without a download."""
+        ...
+
 
 class TextSource(seqio.FunctionDataSource):
     """A seqio source whose splits may come from different places."""
@@ -44,6 +48,9 @@ class TextSource(seqio.FunctionDataSource):
 
     def fingerprint(self, split: str) -> str:
         return self._text_splits[split].fingerprint()
+
+    def check(self, split: str) -> None:
+        self._text_splits[split].check()
 
     def _read(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # The order is part of the contract: a row's number is its source id.
@@ -71,11 +78,14 @@ class TextFiles:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
-    def check(self) -> int:
-        """Reads it all and returns the number of lines; UserError with file and line at the first fault."""
+    def check(self) -> None:
+        """Reads it all; UserError with file and line at the first fault, or when there is no line at all."""
         if len(self.paths) == 1:
-            return _check_tsv(self.paths[0], columns_needed=max(self.columns) + 1)
-        return _check_aligned(*self.paths)
+            lines = _check_tsv(self.paths[0], columns_needed=max(self.columns) + 1)
+        else:
+            lines = _check_aligned(*self.paths)
+        if not lines:
+            raise UserError(f"{self.paths[0]}: the corpus is empty; give text with at least one pair")
 
     def dataset(self) -> tf.data.Dataset:
         # TensorFlow can neither say in which line it failed nor that text is not UTF-8, so Python reads the file first.
@@ -112,6 +122,9 @@ class TfdsSplit:
     def fingerprint(self) -> str:
         return repr(self)
 
+    def check(self) -> None:
+        """Nothing: even to look at the set may download it."""
+
     def dataset(self) -> tf.data.Dataset:
         try:
             pairs = tfds.load(self.name, split=self.split, shuffle_files=False)
@@ -139,6 +152,9 @@ class SacrebleuTestSet:
 
     def fingerprint(self) -> str:
         return self._files().fingerprint()
+
+    def check(self) -> None:
+        """Nothing: to look at the set may download it."""
 
     def dataset(self) -> tf.data.Dataset:
         return self._files().dataset()

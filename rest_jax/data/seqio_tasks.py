@@ -66,6 +66,30 @@ def get_task(name: str, *, module_imports: Sequence[str] = ()) -> seqio.Task | s
         ) from error
 
 
+def check_task(
+    name: str, *, splits: Sequence[str], lengths: Mapping[str, int], module_imports: Sequence[str] = ()
+) -> dict[str, str]:
+    """Finds what `tokenize_task` would refuse, for all splits, without writing anything.
+
+    Text in files is read to its end; a TFDS set is not looked at, since that may download it.
+
+    Returns:
+      'inputs' and 'targets' -> SHA-256 of that side's vocabulary, to be compared with the policy's.
+
+    Raises:
+      UserError: see `tokenize_task`.
+    """
+    task = get_task(name, module_imports=module_imports)
+    vocabularies: dict[str, str] = {}
+    for split in splits:
+        vocabularies = _key_fields(task, split=split, lengths=lengths)["vocabularies"]
+        for subtask in seqio.get_subtasks(task):
+            check = getattr(subtask.source, "check", None)
+            if check is not None:
+                check(split)
+    return vocabularies
+
+
 def tokenize_task(
     name: str,
     *,

@@ -1,6 +1,7 @@
 """The bridge from seqio, on a thousand real pairs: what is written, what its name depends on, what it refuses."""
 
 import gzip
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,6 +201,19 @@ def test_faulty_arguments_write_nothing(register, tmp_path: Path, arguments: dic
     with pytest.raises(UserError, match=message):
         seqio_tasks.tokenize_task(register(), **arguments)
     assert not (tmp_path / "cache").exists()
+
+
+def test_check_finds_the_faults_of_every_split_and_writes_nothing(register, tmp_path: Path, vocabulary: Path) -> None:
+    digest = hashlib.sha256(vocabulary.read_bytes()).hexdigest()
+    good = register("good")
+    assert seqio_tasks.check_task(good, splits=["test"], lengths=LENGTHS) == {"inputs": digest, "targets": digest}
+    (tmp_path / "bad.tsv").write_text("ja\tyes\nnein\n")
+    splits = {"train": demo.DATA_DIR / "test.tsv.gz", "test": tmp_path / "bad.tsv"}
+    bad = register("bad", splits=splits)
+    seqio_tasks.check_task(bad, splits=["train"], lengths=LENGTHS)
+    with pytest.raises(UserError, match=r"bad\.tsv:2: 1 tab-separated column"):
+        seqio_tasks.check_task(bad, splits=["train", "test"], lengths=LENGTHS)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.tsv"]
 
 
 def test_missing_vocabulary_says_how_to_make_one(register, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def store(tmp_path: Path, vocabulary: Path) -> Path:
     sources = ChunkSources(
         source_ids=[0, 1], rewards=REWARDS, valid=np.ones_like(REWARDS, bool), reference_rewards=[1.0, 1.0]
     )
-    writer.write(0, rows, sources)
+    writer.write(0, rows, sources, {})
     writer.finish({})
     return tmp_path / "grow_1"
 
