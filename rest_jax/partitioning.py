@@ -75,7 +75,7 @@ def standard_logical_axis_rules(
     """T5X's rules. batch lies on ('replica', 'data'), vocab, mlp, heads and joined_kv on 'model'.
 
     Args:
-      activation_partitioning_dims: 2 also splits the width of activations over 'model' (it saves memory, costs traffic).
+      activation_partitioning_dims: 2 also splits the width of activations over 'model': less memory, more traffic.
       parameter_partitioning_dims: 2 also splits parameters and optimiser state over 'data' (fully sharded).
       additional_rules: rules that go before the standard ones.
     """
@@ -146,8 +146,8 @@ class Partitioner:
                 spec.append(None)
             elif size % parts:
                 raise UserError(
-                    f"Parameter {name}: dimension {dim} ({logical_axes[dim]!r}) has size {size}, which cannot be divided "
-                    f"by the {parts} devices of mesh axis {'x'.join(mesh_axes)!r}. Change the mesh "
+                    f"Parameter {name}: dimension {dim} ({logical_axes[dim]!r}) has size {size}, which cannot be "
+                    f"divided by the {parts} devices of mesh axis {'x'.join(mesh_axes)!r}. Change the mesh "
                     f"({self._mesh_text()}) or the model's size."
                 )
             else:
@@ -155,7 +155,7 @@ class Partitioner:
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     def with_shardings(self, tree: Any) -> Any:
-        """A tree of arrays or shapes -> ShapeDtypeStructs that carry `param_shardings`; what a checkpoint restores to."""
+        """A tree of arrays or shapes -> ShapeDtypeStructs with `param_shardings`, what a checkpoint restores to."""
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             tree,
@@ -186,7 +186,7 @@ class Partitioner:
             )
 
     def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows [rows, ...] -> global arrays with the rows of all processes, split by `batch_sharding`."""
+        """This process's rows [rows, ...] -> global arrays of all processes' rows, split by `batch_sharding`."""
         sharding = self.batch_sharding()
         return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -27,21 +27,9 @@ class SizedVocabulary(Protocol):
     def vocab_size(self) -> int: ...
 
 
-class DecodeFn(Protocol):
-    """Draws `num_decodes` hypotheses per row from a trained policy."""
-
-    def __call__(
-        self,
-        params: Params,
-        config: Any,
-        encoder_input_tokens: Array,
-        *,
-        num_decodes: int,
-        max_length: int,
-        rng: Array | None,
-    ) -> tuple[Array, Array]:
-        """int [B, S] -> tokens int32 [B, num_decodes, max_length] and scores float32 [B, num_decodes], any order."""
-        ...
+# decode_fn(model, params, encoder_input_tokens [B, S], *, num_decodes, max_length, rng, **decoder_params)
+#   -> tokens int32 [B, num_decodes, max_length], scores float32 [B, num_decodes], in any order.
+DecodeFn = Callable[..., tuple[Array, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +56,7 @@ class EncDecFeatureConverter:
 
 def _with_vocab_size(module: nn.Module, *vocabularies: SizedVocabulary | None) -> nn.Module:
     """The module with config.vocab_size filled in where it is None; anything else is returned as it is."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if not hasattr(config, "vocab_size"):
         return module
     sizes = [vocabulary.vocab_size for vocabulary in vocabularies if vocabulary is not None]
@@ -185,8 +173,8 @@ class EncoderDecoderModel:
         """The summed loss of a batch and its metrics.
 
         Returns:
-          The scalar float32 sum over tokens of weight * loss (label smoothing and z-loss included), and sums over tokens,
-          float32 scalars: `loss` (that same number), `z_loss` (the part of it that is z-loss), `cross_entropy`
+          The sum over tokens of weight * loss (label smoothing and z-loss included), and sums over tokens, all float32
+          scalars: `loss` (that same number), `z_loss` (the part of it that is z-loss), `cross_entropy`
           (-log p(target), not smoothed, never normalised), `weight_sum`, `correct` (weight of tokens whose target has
           the largest logit; ties count).
         """
@@ -245,9 +233,10 @@ class EncoderDecoderModel:
         Args:
           params: parameters.
           batch: needs `encoder_input_tokens` [B, S] and `decoder_input_tokens` [B, T], whose length bounds the decodes.
-          rng: key that samples depend on. None: greedy decoding, of which there is only one.
-          decoder_params: further keyword arguments of `decode_fn`; `num_decodes` and `return_all_decodes` in it serve
-            where the arguments of those names are None.
+          rng: key that samples depend on. None: greedy decoding.
+          decoder_params: further keyword arguments of `decode_fn` (of rest_jax.sampling.decode: `processing`,
+            `beam_size`, `beam_alpha`); `num_decodes` and `return_all_decodes` in it serve where the arguments of those
+            names are None.
           return_all_decodes: all decodes of a row rather than the best.
           num_decodes: decodes per row, N.
           prompt_with_targets: not supported.
@@ -262,14 +251,11 @@ class EncoderDecoderModel:
         given_num, given_all = options.pop("num_decodes", 1), options.pop("return_all_decodes", False)
         num_decodes = given_num if num_decodes is None else num_decodes
         return_all_decodes = given_all if return_all_decodes is None else return_all_decodes
-        if num_decodes < 1 or (rng is None and num_decodes > 1 and self.decode_fn is None):
-            raise UserError(
-                f"num_decodes={num_decodes}: give 1, or more together with `rng`; without it decoding is greedy and all "
-                "decodes would be the same."
-            )
-        decodes, scores = (self.decode_fn or _sample_or_greedy)(
+        if num_decodes < 1:
+            raise UserError(f"num_decodes must be at least 1; got {num_decodes!r}.")
+        decodes, scores = (self.decode_fn or _decode)(
+            self,
             params,
-            self.module.config,
             batch["encoder_input_tokens"],
             num_decodes=num_decodes,
             max_length=batch["decoder_input_tokens"].shape[1],
@@ -306,12 +292,12 @@ def _normalize(weights: Array, batch: Batch, *, factor: float | str | None) -> A
             same = (segments[:, :, None] == segments[:, None, :]).astype(jnp.float32)
             totals = jnp.einsum("btu,bu->bt", same, weights)
         return weights / jnp.where(totals > 0.0, totals, 1.0)
-    return weights / factor
+    return weights / float(factor)
 
 
-def _sample_or_greedy(
+def _decode(
+    model: EncoderDecoderModel,
     params: Params,
-    config: Any,
     encoder_input_tokens: Array,
     *,
     num_decodes: int,
@@ -322,17 +308,19 @@ def _sample_or_greedy(
     # Sampling stands on models, so the import waits for the call.
     from rest_jax import sampling
 
-    if rng is None:
-        drawn = sampling.greedy(params, config, encoder_input_tokens, max_length=max_length, **options)
-    else:
-        drawn = sampling.sample(
-            params,
-            config,
-            encoder_input_tokens,
-            source_ids=jnp.arange(encoder_input_tokens.shape[0], dtype=jnp.int32),
-            num_samples=num_decodes,
-            max_length=max_length,
-            seed=jax.random.bits(rng, (), jnp.uint32),
-            **options,
+    if rng is None and num_decodes > 1 and not options.get("beam_size"):
+        raise UserError(
+            f"num_decodes={num_decodes} without `rng`: greedy decoding has one result. Give a key to sample with, or "
+            "decoder_params={'beam_size': ...} for beam search."
         )
+    drawn = sampling.decode(
+        model,
+        params,
+        encoder_input_tokens=encoder_input_tokens,
+        source_ids=jnp.arange(encoder_input_tokens.shape[0], dtype=jnp.int32),
+        num_samples=num_decodes,
+        max_length=max_length,
+        seed=0 if rng is None else jax.random.bits(rng, (), jnp.uint32),
+        **{"processing": sampling.LogitProcessing(temperature=0.0 if rng is None else 1.0), **options},
+    )
     return drawn.tokens, drawn.log_probs

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -55,8 +55,8 @@ PARAM_LOGICAL_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
 class T5Config:
     """Sizes and numerics of a T5.
 
-    `vocab_size=None` stands for "the vocabulary's size rounded up to a multiple of 128", which EncoderDecoderModel fills
-    in; public T5 checkpoints need 32128. `dtype` is that of the activations; parameters are always float32, logits too.
+    `vocab_size=None` stands for "the vocabulary's size rounded up to a multiple of 128", which EncoderDecoderModel
+    fills in; public T5 checkpoints need 32128. `dtype` is that of the activations; parameters and logits are float32.
     `logits_via_embedding=True` with `mlp_activations=('relu',)` is T5 1.0.
     """
 
@@ -104,9 +104,9 @@ def relative_position_bucket(
 ) -> np.ndarray:
     """Bucket of each offset (key position - query position).
 
-    Half of the buckets are exact small offsets, the other half grow logarithmically up to max_distance, beyond which all
-    share the last one. Bidirectional: the first half of all buckets serves keys at or before the query, the second half
-    keys after it. Otherwise keys after the query fall in bucket 0. Runs on the host in numpy: lengths are static.
+    Half of the buckets are exact small offsets, the other half grow logarithmically up to max_distance, beyond which
+    all share the last one. Bidirectional: the first half of all buckets serves keys at or before the query, the second
+    half keys after it. Otherwise keys after the query fall in bucket 0. Runs on the host in numpy: lengths are static.
     """
     offset = np.asarray(relative_position, np.int32)
     first = np.zeros_like(offset)
@@ -130,8 +130,8 @@ def relative_position_bias(
 ) -> Array:
     """Bias of every (query, key) pair of positions. [H, num_buckets] -> [1, H, query_length, key_length]."""
     num_heads, num_buckets = rel_embedding.shape
-    # The bias depends on key - query alone: look up one value per offset and lay the diagonals out by reshaping, so that
-    # the gradient is a sum over a skewed view rather than a scatter of query_length * key_length elements.
+    # The bias depends on key - query alone: look up one value per offset and lay the diagonals out by reshaping, so
+    # that the gradient is a sum over a skewed view rather than a scatter of query_length * key_length elements.
     # Entry m of `offsets` is the offset with key - query = m (mod period).
     period = query_length + key_length
     offsets = np.arange(period)
@@ -178,7 +178,7 @@ def attend(query: Array, key: Array, value: Array, bias: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def repeat_over_batch(x: Array, batch_size: int) -> Array:
-    """[1, ...] -> [batch_size, ...]. The gradient sums over the batch as a matrix product, which the CPU does 5x faster."""
+    """[1, ...] -> [batch_size, ...]. The gradient sums over the batch by a matrix product, 5 times faster on CPU."""
     return jnp.broadcast_to(x, (batch_size, *x.shape[1:]))
 
 
@@ -194,7 +194,9 @@ def _repeat_backward(batch_size: int, _: None, cotangent: Array) -> tuple[Array]
 repeat_over_batch.defvjp(_repeat_forward, _repeat_backward)
 
 
-def _variance_scaling(distribution: str, *, mode: str = "fan_in") -> Initializer:
+def _variance_scaling(
+    distribution: Literal["normal", "truncated_normal", "uniform"], *, mode: Literal["fan_in", "fan_avg"] = "fan_in"
+) -> Initializer:
     return nn.initializers.variance_scaling(1.0, mode, distribution)
 
 
@@ -256,17 +258,17 @@ class Attention(nn.Module):
     def __call__(self, inputs_q: Array, inputs_kv: Array, bias: Array, enable_dropout: bool) -> Array:
         """[B, T, D], [B, S, D], bias [B or 1, H or 1, T, S] -> [B, T, D]."""
         config = self.config
-        heads, dtype = (config.num_heads, config.head_dim), jnp.dtype(config.dtype)
+        dtype = jnp.dtype(config.dtype)
         joined = config.num_heads * config.head_dim
         kv_init = _variance_scaling("normal")
         # [B, L, D] -> [B, L, H, K]
         query = Dense(joined, _query_init(config.head_dim), dtype, name="query")(inputs_q)
         key = Dense(joined, kv_init, dtype, name="key")(inputs_kv)
         value = Dense(joined, kv_init, dtype, name="value")(inputs_kv)
-        query, key, value = (x.reshape(*x.shape[:2], *heads) for x in (query, key, value))
+        query, key, value = (x.reshape(*x.shape[:2], -1, config.head_dim) for x in (query, key, value))
         if enable_dropout and config.dropout_rate > 0.0:
-            # Dropout of attention weights, one mask for all queries: the weights' mask depends on (row, head, key) only,
-            # so it scales the values instead, S*H*K products in place of T*S*H.
+            # Dropout of attention weights, one mask for all queries: their mask depends on (row, head, key) only, so
+            # it scales the values instead, S*H*K products in place of T*S*H.
             mask_shape = (value.shape[0], value.shape[1], config.num_heads, 1)
             value = value * _dropout_mask(self.make_rng("dropout"), config.dropout_rate, mask_shape, value.dtype)
         outputs = attend(query, key, value, bias).reshape(*query.shape[:2], joined)
@@ -446,7 +448,7 @@ class Transformer(nn.Module):
     ) -> Array:
         """Teacher-forced logits float32 [B, T, V] given encodings [B, S, D].
 
-        `decoder_positions` is accepted for T5X's sake: relative biases need no absolute positions, in packed rows either.
+        `decoder_positions` is accepted for T5X's sake: relative biases need no absolute positions.
         """
         del decoder_positions
         if decode:
