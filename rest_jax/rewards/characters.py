@@ -1,0 +1,146 @@
+"""Token ids -> the characters of the text they stand for, in the graph.
+
+The text is what SentencePiece decodes: pieces joined, runs of byte pieces read as UTF-8 (U+FFFD for each byte that is
+part of no valid sequence), the unknown token shown by its surface, nothing for control tokens and padding. Whitespace is
+left out, because chrF does not count it; "▁" therefore needs no care.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rest_jax.data.vocabulary import EOS_ID, PAD_ID
+from rest_jax.rewards.base import RewardVocabulary
+
+# Code points are below 0x110000.
+CODE_BITS = 21
+REPLACEMENT = 0xFFFD
+_SENTENCEPIECE_SPACE = "\u2581"
+# Added to a code point to tell it from a place in the table; places are never that small.
+_LITERAL = -(1 << 30)
+# What str.split() splits at, as sacreBLEU does.
+_WHITESPACE = tuple(code for code in range(0x3001) if chr(code).isspace())
+
+
+class CharacterTable(NamedTuple):
+    """Spelling of each token, and of the unknown token once more in the last row, for ids past the vocabulary.
+
+    Attributes:
+      codes: int32 `[vocab_size + 1, max_piece_characters]`, code points without whitespace, then 0.
+      lengths: int32 `[vocab_size + 1]`, characters of each token.
+      byte_values: int32 `[vocab_size + 1]`, the byte that a byte piece stands for; -1 for other pieces.
+    """
+
+    codes: jax.Array
+    lengths: jax.Array
+    byte_values: jax.Array
+
+
+class Spelling(NamedTuple):
+    """Where the characters of `rows` texts lie; `characters` reads them.
+
+    Attributes:
+      offsets: int32 `[rows, length]`. Character p of the text, where it lies in this token, is entry `offset + p` of the
+        flattened table; or, where the token is a byte, the offset itself is the code point plus `_LITERAL`.
+      ends: int32 `[rows, length]`, characters up to and including this token.
+    """
+
+    offsets: jax.Array
+    ends: jax.Array
+
+    @property
+    def num_characters(self) -> jax.Array:
+        """int32 `[rows]`."""
+        return self.ends[:, -1]
+
+
+def character_table(vocabulary: RewardVocabulary) -> CharacterTable:
+    """Reads the spelling of all pieces, on the host."""
+    size = vocabulary.vocab_size
+    byte_values = np.full(size + 1, -1, np.int32)
+    spellings: list[list[int]] = []
+    for token in [*range(size), vocabulary.unk_id]:
+        text = ""
+        if token < len(byte_values) - 1 and vocabulary.is_byte(token):
+            byte_values[token] = int(vocabulary.id_to_piece(token)[3:5], 16)  # "<0x0A>"
+        elif vocabulary.is_unknown(token):
+            text = vocabulary.decode([token])
+        elif not vocabulary.is_control(token) and token not in (PAD_ID, EOS_ID):
+            text = vocabulary.id_to_piece(token).replace(_SENTENCEPIECE_SPACE, " ")
+        spellings.append([ord(character) for character in "".join(text.split())])
+    lengths = np.asarray([len(spelling) for spelling in spellings], np.int32)
+    codes = np.zeros((size + 1, max(int(lengths.max()), 1)), np.int32)
+    for row, spelling in zip(codes, spellings, strict=True):
+        row[: len(spelling)] = spelling
+    return CharacterTable(codes=jnp.asarray(codes), lengths=jnp.asarray(lengths), byte_values=jnp.asarray(byte_values))
+
+
+def spell(table: CharacterTable, tokens: jax.Array) -> Spelling:
+    """Finds the characters of each token; what stands at and after the first EOS is left out.
+
+    Args:
+      table: of the vocabulary.
+      tokens: int32 `[rows, length]`; ids outside of the vocabulary count as unknown.
+    """
+    vocab_size = table.lengths.shape[0] - 1
+    inside = (tokens >= 0) & (tokens < vocab_size)
+    ids = jnp.where(inside, tokens, vocab_size)
+    in_text = jnp.cumsum(tokens == EOS_ID, axis=1) == 0
+    byte_values = jnp.where(in_text, table.byte_values[ids], -1)  # [rows, length]
+    decoded, shown = _decode_utf8(byte_values)
+    is_byte = byte_values >= 0
+    lengths = jnp.where(is_byte, shown.astype(jnp.int32), table.lengths[ids])
+    lengths = jnp.where(in_text, lengths, 0)
+    ends = jnp.cumsum(lengths, axis=1)
+    starts = ends - lengths
+    offsets = jnp.where(is_byte, decoded + _LITERAL, ids * table.codes.shape[1] - starts)
+    return Spelling(offsets=offsets, ends=ends)
+
+
+def characters(table: CharacterTable, spelling: Spelling, *, max_characters: int) -> jax.Array:
+    """Code points int32 `[rows, max_characters]`, 0 past the end of each text."""
+    positions = jnp.arange(max_characters, dtype=jnp.int32)
+    # [rows, max_characters]: the token that position lies in is the first whose end is past it.
+    token = jax.vmap(lambda ends: jnp.searchsorted(ends, positions, side="right"))(spelling.ends)
+    offset = jnp.take_along_axis(spelling.offsets, token, axis=1, mode="clip")
+    codes = jnp.take(table.codes.reshape(-1), offset + positions, mode="clip")
+    codes = jnp.where(offset < _LITERAL // 2, offset - _LITERAL, codes)
+    return jnp.where(positions < spelling.num_characters[:, None], codes, 0)
+
+
+def _decode_utf8(byte_values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Reads runs of bytes as UTF-8, as SentencePiece does.
+
+    Lead bytes are never trail bytes, so valid sequences cannot overlap, and each is found by looking three bytes ahead.
+
+    Args:
+      byte_values: int32 `[rows, length]`, -1 where no byte is.
+
+    Returns:
+      The code point that starts at each byte (U+FFFD where none does), and whether it is shown: bytes inside a valid
+      sequence and whitespace are not.
+    """
+    length = byte_values.shape[1]
+
+    def ahead(steps: int) -> jax.Array:
+        return jnp.pad(byte_values, ((0, 0), (0, steps)), constant_values=-1)[:, steps:]
+
+    def behind(values: jax.Array, steps: int) -> jax.Array:
+        return jnp.pad(values, ((0, 0), (steps, 0)))[:, :length]
+
+    first, second, third, fourth = byte_values, ahead(1), ahead(2), ahead(3)
+    trail_2, trail_3, trail_4 = ((byte & ~0x3F) == 0x80 for byte in (second, third, fourth))
+    code_2 = (first & 0x1F) << 6 | (second & 0x3F)
+    code_3 = (first & 0x0F) << 12 | (second & 0x3F) << 6 | (third & 0x3F)
+    code_4 = (first & 0x07) << 18 | (second & 0x3F) << 12 | (third & 0x3F) << 6 | (fourth & 0x3F)
+    valid_1 = (first & ~0x7F) == 0
+    valid_2 = ((first & ~0x1F) == 0xC0) & trail_2 & (code_2 >= 0x80)
+    surrogate = (code_3 >= 0xD800) & (code_3 < 0xE000)
+    valid_3 = ((first & ~0x0F) == 0xE0) & trail_2 & trail_3 & (code_3 >= 0x800) & ~surrogate
+    valid_4 = ((first & ~0x07) == 0xF0) & trail_2 & trail_3 & trail_4 & (code_4 >= 0x10000) & (code_4 < 0x110000)
+    code = jnp.select([valid_1, valid_2, valid_3, valid_4], [first, code_2, code_3, code_4], REPLACEMENT)
+    covered = behind(valid_2 | valid_3 | valid_4, 1) | behind(valid_3 | valid_4, 2) | behind(valid_4, 3)
+    whitespace = jnp.isin(code, jnp.asarray(_WHITESPACE, jnp.int32), method="compare_all")
+    return code, (byte_values >= 0) & ~covered & ~whitespace
