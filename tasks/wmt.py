@@ -2,10 +2,12 @@
 
 | task | train | validation | test |
 |---|---|---|---|
-| wmt14_* | TFDS | TFDS (newstest2013) | TFDS (newstest2014) |
-| wmt16_* | TFDS | TFDS (newstest2015, newsdev2016) | TFDS (newstest2016) |
-| wmt19_* | TFDS | TFDS (newstest2018) | sacreBLEU (newstest2019), where that direction was in the campaign |
+| wmt14_* | TFDS | TFDS (newstest2013; newsdev2014 for hi) | TFDS (newstest2014) |
+| wmt16_* | TFDS | TFDS (newstest2015, newsdev2016 for ro and tr) | TFDS (newstest2016) |
+| wmt19_* | TFDS | TFDS (newstest2018; newsdev2019 for gu, kk, lt; euelections for fr) | sacreBLEU (newstest2019) + |
 | wmt20_* | folder | folder | sacreBLEU (newstest2020): TFDS has no WMT 2020 |
+
++ Where that direction was in the campaign of 2019.
 
 The folder, and where each pair's vocabulary is expected: `corpus_folder`. Nothing is read or downloaded before a split
 is used.
