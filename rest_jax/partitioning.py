@@ -197,7 +197,7 @@ class Partitioner:
         Without it the compiler chooses, which is right on one device and for data parallelism; with parameters split
         over 'data' it may choose to split widths rather than the batch.
         """
-        with self.mesh, nn.logical_axis_rules(self.rules):
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
             yield
 
     def _mesh_text(self) -> str:
