@@ -29,6 +29,8 @@ from rest_jax.rewards import characters
 from rest_jax.rewards.base import RewardBatch, RewardVocabulary
 
 _WORD_BITS = 32
+# Reference characters per turn of the loop.
+_BLOCK = 32
 # Texts are written into the smallest of these shapes, times 4, 16, ..., that holds the longest: each is one compilation.
 _FEWEST_CHARACTERS = 128
 
@@ -148,7 +150,7 @@ def clipped_matches(
     """For n = 1..char_order: the sum over distinct n-grams of min(count in sample, count in reference).
 
     Args:
-      samples: code points int32 `[sources * num_samples, width]`, 0 past the end; width a multiple of 32.
+      samples: code points int32 `[sources * num_samples, width]`, 0 past the end.
       references: code points int32 `[sources, width]`, 0 past the end.
       reference_characters: int32 `[sources]`.
       num_samples: consecutive samples of one source.
@@ -158,74 +160,86 @@ def clipped_matches(
       int32 `[char_order, sources * num_samples]`.
     """
     width = references.shape[1]
-    sample_text, reference_text = _bit_planes(samples), _bit_planes(references)
-    columns = references.T  # [width, sources]
+    sample_text = _bit_planes(samples, char_order=char_order)
+    reference_text = _bit_planes(references, char_order=char_order)
+    stride = _WORD_BITS - char_order + 1
+    # Reference characters lie behind each other, texts beside each other: [width + _BLOCK + char_order - 1, sources].
+    columns = jnp.pad(references.T, ((0, _BLOCK + char_order - 1), (0, 0)))
+    word_start = stride * jnp.arange(sample_text.shape[1], dtype=jnp.int32)
 
-    class Loop(NamedTuple):
-        position: jax.Array  # the next reference character, backwards
-        in_samples: jax.Array  # M_1 .. M_{char_order - 1} of the character after it [char_order - 1, words, pairs]
-        in_reference: jax.Array  # the same for the reference in itself [char_order - 1, words, sources]
-        matches: jax.Array  # [char_order, pairs]
-
-    def step(loop: Loop) -> Loop:
-        code = jax.lax.dynamic_index_in_dim(columns, loop.position, keepdims=False)  # [sources]
-        in_samples = _extend(loop.in_samples, _equal_characters(sample_text, jnp.repeat(code, num_samples)))
-        in_reference = _extend(loop.in_reference, _equal_characters(reference_text, code))
-        # Bits of the reference from this character on.
-        word_start = _WORD_BITS * jnp.arange(width // _WORD_BITS, dtype=jnp.int32)
-        ahead = _low_bits(loop.position - word_start) ^ jnp.uint32(0xFFFFFFFF)
-        rank = _count(in_reference & ahead[:, None])  # [char_order, sources], 0 where no n-gram starts
-        count = _count(in_samples)
-        rank = jnp.repeat(rank, num_samples, axis=1)
-        return Loop(
-            position=loop.position - 1,
-            in_samples=in_samples[:-1],
-            in_reference=in_reference[:-1],
-            matches=loop.matches + ((rank > 0) & (rank <= count)),
+    def block(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        position, matches = state
+        codes = jax.lax.dynamic_slice_in_dim(columns, position, _BLOCK + char_order - 1)
+        # Bits of the reference before each of the block's characters, [_BLOCK, words, 1]: the rank counts the others.
+        before = _low_bits(position + jnp.arange(_BLOCK, dtype=jnp.int32)[:, None] - word_start)[:, :, None]
+        ranks = _occurrences(reference_text, codes, ~before, char_order=char_order)
+        counts = _occurrences(
+            sample_text, jnp.repeat(codes, num_samples, axis=1), jnp.full_like(before, 0xFFFFFFFF), char_order=char_order
         )
+        found = []
+        for rank, count in zip(ranks, counts, strict=True):
+            rank = jnp.repeat(rank, num_samples, axis=1)  # 0 where the reference has no such n-gram: past its end
+            found.append(jnp.sum((rank > 0) & (rank <= count), axis=0, dtype=jnp.int32))
+        return position + _BLOCK, matches + jnp.stack(found)
 
-    start = Loop(
-        position=jnp.max(reference_characters) - 1,
-        in_samples=jnp.zeros((char_order - 1, *sample_text.shape[1:]), jnp.uint32),
-        in_reference=jnp.zeros((char_order - 1, *reference_text.shape[1:]), jnp.uint32),
-        matches=jnp.zeros((char_order, samples.shape[0]), jnp.int32),
+    longest = jnp.max(reference_characters)
+    start = (jnp.int32(0), jnp.zeros((char_order, samples.shape[0]), jnp.int32))
+    return jax.lax.while_loop(lambda state: state[0] < longest, block, start)[1]
+
+
+def _bit_planes(codes: jax.Array, *, char_order: int) -> jax.Array:
+    """Code points `[texts, width]` -> uint32 `[CODE_BITS, words, texts]`: bit i of word w of plane b is bit b of the
+    character `stride * w + i`. Texts are last, so that neighbouring lanes do the same work on different texts.
+
+    A word starts `stride = 33 - char_order` characters after the one before and they overlap by char_order - 1, so that an
+    n-gram that starts in the first `stride` bits lies in one word.
+    """
+    stride = _WORD_BITS - char_order + 1
+    words = -(-codes.shape[1] // stride)
+    place = jnp.arange(_WORD_BITS, dtype=jnp.int32)
+    character = stride * jnp.arange(words, dtype=jnp.int32)[:, None] + place
+    grouped = jnp.take(codes.T, character, axis=0, mode="fill", fill_value=0).astype(jnp.uint32)  # [words, 32, texts]
+    shift = place.astype(jnp.uint32)[:, None]
+    return jnp.stack(
+        [
+            jnp.sum(((grouped >> bit) & 1) << shift, axis=1, dtype=jnp.uint32)
+            for bit in range(characters.CODE_BITS)
+        ]
     )
-    return jax.lax.while_loop(lambda loop: loop.position >= 0, step, start).matches
 
 
-def _bit_planes(codes: jax.Array) -> jax.Array:
-    """Code points `[texts, width]` -> uint32 `[CODE_BITS, width / 32, texts]`: bit i of word w of plane b is bit b of
-    character 32 w + i. Texts are last, so that neighbouring lanes do the same work on different texts."""
-    texts, width = codes.shape
-    grouped = codes.T.reshape(width // _WORD_BITS, _WORD_BITS, texts).astype(jnp.uint32)
-    place = jnp.arange(_WORD_BITS, dtype=jnp.uint32)[:, None]
-    planes = [jnp.sum(((grouped >> bit) & 1) << place, axis=1, dtype=jnp.uint32) for bit in range(characters.CODE_BITS)]
-    return jnp.stack(planes)
-
-
-def _equal_characters(planes: jax.Array, code: jax.Array) -> jax.Array:
-    """Which characters of each text are `code [texts]`: bits `[words, texts]`. Code 0, past the end, equals nothing."""
-    different = jnp.where(code == 0, jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
-    for bit in range(characters.CODE_BITS):
-        different |= planes[bit] ^ (jnp.uint32(0) - ((code >> bit) & 1).astype(jnp.uint32))
-    return ~different
-
-
-def _extend(shorter: jax.Array, equal: jax.Array) -> jax.Array:
-    """M_1 .. M_{n-1} of the next reference character, and E of this one -> M_1 .. M_n of this one.
+def _occurrences(planes: jax.Array, codes: jax.Array, mask: jax.Array, *, char_order: int) -> list[jax.Array]:
+    """How often each text has the n-gram that starts at each of `codes`, for n = 1..char_order.
 
     Args:
-      shorter: uint32 `[n - 1, words, texts]`.
-      equal: uint32 `[words, texts]`.
+      planes: uint32 `[CODE_BITS, words, texts]`.
+      codes: int32 `[_BLOCK + char_order - 1, texts]`; 0, past the end, equals nothing.
+      mask: uint32, broadcast to `[_BLOCK, words, texts]`: the places that count.
+
+    Returns:
+      char_order times int32 `[_BLOCK, texts]`.
     """
-    next_word = jnp.pad(shorter[:, 1:], ((0, 0), (0, 1), (0, 0)))
-    shifted = (shorter >> 1) | (next_word << (_WORD_BITS - 1))
-    return jnp.concatenate([equal[None], equal & shifted])
+    first_bits = mask & _low_bits(jnp.int32(_WORD_BITS - char_order + 1))
 
+    # Loops over characters, not one operation on all of them: a loop's result is an array, where XLA would fuse the
+    # comparison into each of its uses and repeat it there.
+    def equal_places(code: jax.Array) -> jax.Array:
+        different = jnp.where(code == 0, jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
+        for bit in range(characters.CODE_BITS):
+            different |= planes[bit] ^ (jnp.uint32(0) - ((code >> bit) & 1).astype(jnp.uint32))
+        return ~different
 
-def _count(rows: jax.Array) -> jax.Array:
-    """Bits set: uint32 `[orders, words, texts]` -> int32 `[orders, texts]`."""
-    return jnp.sum(jax.lax.population_count(rows), axis=1, dtype=jnp.uint32).astype(jnp.int32)
+    equal = jax.lax.map(equal_places, codes)  # [_BLOCK + char_order - 1, words, texts]
+
+    def count(position: jax.Array) -> list[jax.Array]:
+        window = jax.lax.dynamic_slice_in_dim(equal, position, char_order)
+        rows, counts = first_bits[position], []
+        for step in range(char_order):
+            rows &= window[step] >> step
+            counts.append(jnp.sum(jax.lax.population_count(rows), axis=0, dtype=jnp.uint32).astype(jnp.int32))
+        return counts
+
+    return jax.lax.map(count, jnp.arange(_BLOCK, dtype=jnp.int32))
 
 
 def _low_bits(count: jax.Array) -> jax.Array:

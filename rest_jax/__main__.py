@@ -1,0 +1,7 @@
+"""`python -m rest_jax`."""
+
+import sys
+
+from rest_jax.cli import main
+
+sys.exit(main())

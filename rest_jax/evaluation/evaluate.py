@@ -1,0 +1,210 @@
+"""Measuring a policy: mean reward of its samples on D_eval (the paper's measure), and sacreBLEU on the test split."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rest_jax.data.token_dataset import TokenDataset
+from rest_jax.errors import UserError
+from rest_jax.evaluation.best_of_n import best_of_n_curve, distinct_samples
+from rest_jax.evaluation.metrics import corpus_scores
+from rest_jax.partitioning import Partitioner
+from rest_jax.rewards.base import Reward
+from rest_jax.sampling import LogitProcessing, Sampling
+from rest_jax.sampling.scored import Program, choose_sources, chunks, run_chunks, sample_and_score
+
+Params = Any
+# Random stream of evaluation; Grow steps use 1, 2, ... Every policy is measured with the same random numbers, so
+# differences between policies are paired.
+EVALUATION_STREAM = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured, and how.
+
+    Attributes:
+      sampling: of the mean reward on D_eval that is reported; N also bounds the best-of-N curve.
+      selection_samples, selection_sources: a smaller measure while training, for the choice of a checkpoint; None for
+        all of D_eval.
+      beam_size: the test split is decoded greedily with 1, else by beam search.
+      beam_alpha: length penalty of the beam, see `sampling.beam_search`.
+      max_test_sources: the first so many of the test split; None for all.
+      bootstrap_resamples: of the paired bootstrap between policies.
+    """
+
+    sampling: Sampling
+    selection_samples: int = 4
+    selection_sources: int | None = None
+    beam_size: int = 1
+    beam_alpha: float = 0.6
+    max_test_sources: int | None = None
+    bootstrap_resamples: int = 2000
+
+    def __post_init__(self) -> None:
+        for name in ("selection_samples", "beam_size", "bootstrap_resamples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"Evaluation.{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+class Evaluator:
+    """Compiled programs for one model, reward and mesh; all methods are functions of the parameters alone."""
+
+    def __init__(
+        self,
+        *,
+        evaluation: Evaluation,
+        model: Any,
+        reward: Reward,
+        reward_params: Any,
+        partitioner: Partitioner,
+        lengths: Mapping[str, int],
+        eval_set: TokenDataset,
+        test_set: TokenDataset,
+        seed: int,
+    ):
+        self._model = model
+        self._reward = reward
+        self._reward_params = reward_params
+        self._partitioner = partitioner
+        self._lengths = lengths
+        self._eval_set = eval_set
+        self._test_set = test_set
+        self._seed = seed
+        self._sampling = evaluation.sampling
+        self._selection = dataclasses.replace(evaluation.sampling, num_samples=evaluation.selection_samples)
+        self._selection_indices = choose_sources(
+            num_sources=len(eval_set), max_sources=evaluation.selection_sources, seed=seed, stream=EVALUATION_STREAM
+        )
+        self._translation = translation_sampling(
+            sources_per_chunk=evaluation.sampling.sources_per_chunk,
+            beam_size=evaluation.beam_size,
+            beam_alpha=evaluation.beam_alpha,
+        )
+        self._test_indices = np.arange(min(len(test_set), evaluation.max_test_sources or len(test_set)))
+        self._programs: dict[Sampling, Program] = {}
+
+    def _program(self, sampling: Sampling) -> Program:
+        if sampling not in self._programs:
+            self._programs[sampling] = jax.jit(
+                functools.partial(
+                    sample_and_score,
+                    model=self._model,
+                    reward=self._reward,
+                    sampling=sampling,
+                    max_length=self._lengths["targets"],
+                )
+            )
+        return self._programs[sampling]
+
+    def _draw(
+        self, params: Params, dataset: TokenDataset, indices: np.ndarray, sampling: Sampling
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rewards `[sources, N]` and tokens `[sources, N, T]`, in the order of `indices`, which rises."""
+        groups = chunks(dataset, indices=indices, sampling=sampling, max_source_length=self._lengths["inputs"])
+        order, rewards, tokens = [], [], []
+        for _, group, result in run_chunks(
+            list(enumerate(groups)),
+            program=self._program(sampling),
+            params=params,
+            reward_params=self._reward_params,
+            dataset=dataset,
+            sampling=sampling,
+            target_length=self._lengths["targets"],
+            partitioner=self._partitioner,
+            seed=self._seed,
+            stream=EVALUATION_STREAM,
+        ):
+            real = len(group.indices)
+            reward, sample = jax.device_get((result["rewards"], result["samples"].tokens))
+            order.append(group.indices)
+            rewards.append(reward[:real])
+            tokens.append(sample[:real])
+        back = np.argsort(np.concatenate(order), kind="stable")
+        return np.concatenate(rewards)[back], np.concatenate(tokens)[back]
+
+    def mean_reward(self, params: Params) -> float:
+        """Mean reward of samples on (some of) D_eval: what checkpoints are chosen by."""
+        rewards, _ = self._draw(params, self._eval_set, self._selection_indices, self._selection)
+        return float(rewards.mean(dtype=np.float64))
+
+    def evaluate(self, params: Params, *, directory: Path, name: str) -> dict[str, Any]:
+        """Everything about one policy, in files at `directory` and as numbers.
+
+        Writes `NAME.validation.samples.jsonl` (source, reference, samples, rewards) and `NAME.test.jsonl` (source,
+        reference, hypothesis, reward).
+
+        Returns:
+          reward, bleu, chrf, ter, signatures, best_of_n, samples, distinct, greedy_reward, mean_length.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        vocabulary = self._model.output_vocabulary
+        eval_set, test_set = self._eval_set, self._test_set
+
+        rewards, tokens = self._draw(params, eval_set, np.arange(len(eval_set)), self._sampling)
+        texts = [vocabulary.decode_batch(samples.tolist()) for samples in tokens]
+        _write_jsonl(
+            directory / f"{name}.validation.samples.jsonl",
+            (
+                {
+                    "source_id": int(eval_set.source_ids[i]),
+                    "source": eval_set.inputs_text(i),
+                    "reference": eval_set.targets_text(i),
+                    "samples": texts[i],
+                    "rewards": [round(float(reward), 6) for reward in rewards[i]],
+                }
+                for i in range(len(eval_set))
+            ),
+        )
+
+        indices = self._test_indices
+        test_rewards, test_tokens = self._draw(params, test_set, indices, self._translation)
+        hypotheses = vocabulary.decode_batch(test_tokens[:, 0].tolist())
+        references = [test_set.targets_text(int(i)) for i in indices]
+        scores = corpus_scores(hypotheses, references)
+        _write_jsonl(
+            directory / f"{name}.test.jsonl",
+            (
+                {
+                    "source_id": int(test_set.source_ids[i]),
+                    "source": test_set.inputs_text(int(i)),
+                    "reference": references[row],
+                    "hypothesis": hypotheses[row],
+                    "reward": round(float(test_rewards[row, 0]), 6),
+                }
+                for row, i in enumerate(indices)
+            ),
+        )
+        return {
+            "reward": float(rewards.mean(dtype=np.float64)),
+            **scores,
+            "test_reward": float(test_rewards.mean(dtype=np.float64)),
+            "samples": int(rewards.size),
+            "distinct": int(distinct_samples([[tuple(s) for s in samples] for samples in tokens.tolist()])),
+            "best_of_n": [float(value) for value in best_of_n_curve(rewards)],
+        }
+
+
+def translation_sampling(*, sources_per_chunk: int, beam_size: int, beam_alpha: float) -> Sampling:
+    """One translation per source: greedy with `beam_size` 1, else the beam's best."""
+    return Sampling(
+        num_samples=1,
+        sources_per_chunk=sources_per_chunk,
+        processing=LogitProcessing(temperature=0.0),
+        beam_size=beam_size if beam_size > 1 else 0,
+        beam_alpha=beam_alpha,
+    )
+
+
+def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    partial = path.with_name(f"{path.name}.tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    partial.rename(path)

@@ -1,0 +1,386 @@
+"""ReST, Algorithm 1 of arXiv 2308.08998, as a list of phases that can be stopped and continued anywhere.
+
+    train π on D                                                                  Phase("bc")
+    for g in 1..G:                                                                algorithm_1
+      D_g = N samples per source from π, scored, ∪ D                              grow.grow
+      for i in 1..I:
+        choose τ_i > τ_{i-1}                                                      Improving.schedule
+        while reward improves on D_eval: minimise E_{D_g}[ 1[R > τ_i] · L ]       improve.improve -> training.fit
+
+Every phase reads its inputs from MODEL_DIR and leaves a commit mark there, so a run that is started again
+skips what is finished, and a run that was never stopped takes the same path.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rest_jax import grow as grow_lib
+from rest_jax import improve as improve_lib
+from rest_jax import training as training_lib
+from rest_jax.checkpoints import checkpointer
+from rest_jax.data.batching import MixtureSpec
+from rest_jax.data.parallel import ParallelData
+from rest_jax.data.store import ScoredStore
+from rest_jax.errors import Preempted, UserError
+from rest_jax.evaluation.evaluate import Evaluation, Evaluator
+from rest_jax.filters import check_schedule
+from rest_jax.partitioning import Partitioner
+from rest_jax.reporting.metrics_writer import MetricsWriter
+from rest_jax.reporting.progress import ProgressLine
+from rest_jax.rewards.base import Reward, check_reward
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReST:
+    """A run, as bound in gin.
+
+    Attributes:
+      model_dir: where everything is written.
+      model: a model with T5X's methods.
+      data: D, D_eval and the test split.
+      reward: R, in the graph.
+      partitioner: the mesh and its rules.
+      bc: how the first policy is trained; `steps=0` takes `initial_checkpoint_path` as it is.
+      growing: what a Grow step samples and keeps.
+      improving: what an Improve step trains on, and how.
+      evaluation: what is measured after each policy.
+      grow_steps, improve_steps: G and I.
+      bc_long: also train the control: BC continued for as many gradient steps as all Improve steps took together.
+      initial_checkpoint_path: parameters to start from; None for random ones.
+      policy_dtype: type of the parameters in MODEL_DIR/policy, the last policy alone.
+      seed: of everything random.
+    """
+
+    model_dir: str
+    model: Any
+    data: ParallelData
+    reward: Reward
+    partitioner: Partitioner
+    bc: training_lib.Training
+    growing: grow_lib.Growing
+    improving: improve_lib.Improving
+    evaluation: Evaluation
+    grow_steps: int = 1
+    improve_steps: int = 1
+    bc_long: bool = True
+    initial_checkpoint_path: str | None = None
+    policy_dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("grow_steps", "improve_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name.upper()} is {getattr(self, name)}; it must be 0 or more.")
+        if self.bc.steps == 0 and self.initial_checkpoint_path is None:
+            raise UserError(
+                "TRAIN_STEPS is 0 and INITIAL_CHECKPOINT_PATH is None: there is no policy. Set one of them."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One entry of the list: `bc`, `grow_1`, `improve_1.2`, `bc_long`, each followed by its evaluation."""
+
+    name: str
+    kind: str  # 'bc', 'grow', 'improve', 'bc_long' or 'evaluate'
+    grow_step: int = 0
+    improve_step: int = 0
+    policy: str | None = None  # the phase whose policy this one starts from, samples, or evaluates
+
+
+def algorithm_1(*, grow_steps: int, improve_steps: int, bc_long: bool, restart_from_base: bool) -> list[Phase]:
+    """Algorithm 1, line by line.
+
+    Args:
+      grow_steps, improve_steps: G and I.
+      bc_long: append the control run.
+      restart_from_base: every Improve step starts from BC's policy (ReST-EM) rather than the previous step's.
+    """
+    phases = [Phase("bc", "bc")]  # train π on D with L
+    policy = "bc"
+    for g in range(1, grow_steps + 1):
+        phases.append(Phase(f"grow_{g}", "grow", g, policy=policy))  # sample N per source, score, keep
+        for i in range(1, improve_steps + 1):
+            start = "bc" if restart_from_base else policy
+            policy = f"improve_{g}.{i}"
+            phases.append(Phase(policy, "improve", g, i, policy=start))  # minimise E[1[R > τ_i] L]
+    if bc_long:
+        phases.append(Phase("bc_long", "bc_long", policy="bc"))
+    return [
+        step
+        for phase in phases
+        for step in (
+            [phase] if phase.kind == "grow" else [phase, Phase(f"evaluate_{phase.name}", "evaluate", policy=phase.name)]
+        )
+    ]
+
+
+def mark_path(model_dir: Path, phase: Phase) -> Path:
+    """The file whose presence says that a phase is finished; it holds the phase's result."""
+    if phase.kind == "evaluate":
+        return model_dir / "eval" / f"{phase.policy}.json"
+    return phase_directory(model_dir, phase.name) / "RESULT.json"
+
+
+def phase_directory(model_dir: Path, name: str) -> Path:
+    """`bc` -> bc/, `grow_1` -> grow_1/, `improve_1.2` -> grow_1/improve_2/."""
+    if name.startswith("improve_"):
+        grow_step, improve_step = name.removeprefix("improve_").split(".")
+        return model_dir / f"grow_{grow_step}" / f"improve_{improve_step}"
+    return model_dir / name
+
+
+def phase_seed(seed: int, name: str) -> int:
+    """A seed of its own for each phase, so that two phases never see the same order or masks."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
+
+
+class Runner:
+    """Runs phases of one configuration in its MODEL_DIR.
+
+    Args:
+      config: the run.
+      stop_requested: True after SIGTERM; the phase in progress saves and raises `Preempted`.
+
+    Raises:
+      UserError: something in the configuration or the data does not fit; nothing was written.
+    """
+
+    def __init__(self, config: ReST, *, stop_requested: Callable[[], bool] = lambda: False):
+        self.config = config
+        self.model_dir = Path(config.model_dir)
+        self._stop_requested = stop_requested
+        check_reward(config.reward, has_references=True)
+        if config.grow_steps and config.improve_steps:
+            check_schedule(config.improving.schedule, improve_steps=config.improve_steps)
+        for name, size in (
+            ("BATCH_SIZE", config.bc.batch_size // config.bc.microbatches),
+            ("Improving.training.batch_size", config.improving.training.batch_size),
+            ("Growing.sampling.sources_per_chunk", config.growing.sampling.sources_per_chunk),
+            ("Evaluation.sampling.sources_per_chunk", config.evaluation.sampling.sources_per_chunk),
+        ):
+            config.partitioner.check_batch_divisible(size, name)
+        self.abstract_params = jax.eval_shape(self._init_params)
+        config.partitioner.param_shardings(self.abstract_params)
+        if config.initial_checkpoint_path is not None:
+            checkpointer.check_fits(config.initial_checkpoint_path, abstract_params=self.abstract_params)
+
+        data = config.data
+        self.train_set = data.open(data.train_split)
+        eval_set, test_set = data.open(data.eval_split), data.open(data.test_split)
+        self.reward_params = config.reward.init(data.vocabulary)
+        self.evaluator = Evaluator(
+            evaluation=config.evaluation,
+            model=config.model,
+            reward=config.reward,
+            reward_params=self.reward_params,
+            partitioner=config.partitioner,
+            lengths=data.lengths,
+            eval_set=eval_set,
+            test_set=test_set,
+            seed=config.seed,
+        )
+        self.phases = algorithm_1(
+            grow_steps=config.grow_steps,
+            improve_steps=config.improve_steps,
+            bc_long=config.bc_long,
+            restart_from_base=config.improving.restart_from_base,
+        )
+        self._grow_program: Any = None
+        self._writer = MetricsWriter(self.model_dir, enabled=jax.process_index() == 0)
+
+    def run(self, phases: Iterable[Phase] | None = None) -> None:
+        """Runs phases in order, all of Algorithm 1 by default; finished ones are skipped."""
+        for phase in self.phases if phases is None else phases:
+            mark = mark_path(self.model_dir, phase)
+            if mark.exists():
+                continue
+            if self._stop_requested():
+                raise Preempted(f"stopped before {phase.name}; everything is saved.")
+            if phase.policy is not None and not self._policy_mark(phase.policy).exists():
+                raise UserError(
+                    f"{phase.name} starts from the policy of {phase.policy}, which is not finished in MODEL_DIR "
+                    f"{str(self.model_dir)!r}. Run that first (python -m rest_jax run), or set INITIAL_CHECKPOINT_PATH "
+                    "and TRAIN_STEPS = 0."
+                )
+            started = time.monotonic()
+            result = getattr(self, f"_{phase.kind}")(phase, self._progress(phase))
+            write_json(mark, {"name": phase.name, **result, "seconds": round(time.monotonic() - started, 2)})
+        self._writer.close()
+
+    def _policy_mark(self, name: str) -> Path:
+        return mark_path(self.model_dir, next(phase for phase in self.phases if phase.name == name))
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """What a finished phase left; None for one that is not finished."""
+        phase = next(phase for phase in self.phases if phase.name == name)
+        mark = mark_path(self.model_dir, phase)
+        return json.loads(mark.read_text()) if mark.exists() else None
+
+    def policy(self, name: str) -> Params:
+        """The parameters that a finished training phase kept: its best checkpoint's."""
+        result = json.loads(self._policy_mark(name).read_text())
+        directory = checkpointer.step_directory(phase_directory(self.model_dir, name), result["best_step"])
+        return checkpointer.load_params(
+            str(directory), abstract_params=self.abstract_params, partitioner=self.config.partitioner
+        )
+
+    # One method per kind of phase; each returns what goes into the commit mark.
+
+    def _bc(self, phase: Phase, progress: ProgressLine) -> dict[str, Any]:
+        config = self.config
+
+        def initial() -> Params:
+            if config.initial_checkpoint_path is not None:
+                return checkpointer.load_params(
+                    config.initial_checkpoint_path,
+                    abstract_params=self.abstract_params,
+                    partitioner=config.partitioner,
+                )
+            shardings = config.partitioner.param_shardings(self.abstract_params)
+            return jax.jit(self._init_params, out_shardings=shardings)()
+
+        return self._fit(
+            phase, progress, training=config.bc, mixture=MixtureSpec.single(self.train_set), initial_params=initial
+        )
+
+    def _grow(self, phase: Phase, progress: ProgressLine) -> dict[str, Any]:
+        config = self.config
+        assert phase.policy is not None
+        if self._grow_program is None:
+            self._grow_program = grow_lib.compile_grow(
+                growing=config.growing,
+                model=config.model,
+                reward=config.reward,
+                partitioner=config.partitioner,
+                max_length=config.data.lengths["targets"],
+            )
+        statistics = grow_lib.grow(
+            directory=phase_directory(self.model_dir, phase.name),
+            growing=config.growing,
+            program=self._grow_program,
+            params=self.policy(phase.policy),
+            reward_params=self.reward_params,
+            policy_step=json.loads(self._policy_mark(phase.policy).read_text())["best_step"],
+            dataset=self.train_set,
+            lengths=config.data.lengths,
+            partitioner=config.partitioner,
+            seed=config.seed,
+            grow_step=phase.grow_step,
+            progress=progress,
+            metrics_writer=self._writer,
+            phase=phase.name,
+            stop_requested=self._stop_requested,
+        )
+        store = ScoredStore.open(phase_directory(self.model_dir, phase.name))
+        thresholds = [
+            improve_lib.selection_report(improving=config.improving, store=store, improve_step=i + 1)
+            for i in range(config.improve_steps)
+        ]
+        grow_lib.update_statistics(
+            phase_directory(self.model_dir, phase.name), {**statistics, "thresholds": thresholds}
+        )
+        for report in thresholds:
+            progress.log_event(improve_lib.describe(report))
+        return {key: statistics[key] for key in ("count", "distinct", "kept", "mean", "sources")}
+
+    def _improve(self, phase: Phase, progress: ProgressLine) -> dict[str, Any]:
+        assert phase.policy is not None
+        start = phase.policy
+        store = ScoredStore.open(self.model_dir / f"grow_{phase.grow_step}")
+        selection = improve_lib.select(
+            improving=self.config.improving,
+            store=store,
+            references=self.train_set,
+            improve_step=phase.improve_step,
+        )
+        progress.log_event(improve_lib.describe(selection.report))
+        result = self._fit(
+            phase,
+            progress,
+            training=selection.training,
+            mixture=selection.mixture,
+            initial_params=lambda: self.policy(start),
+        )
+        return {**result, "selection": selection.report}
+
+    def _bc_long(self, phase: Phase, progress: ProgressLine) -> dict[str, Any]:
+        improves = [self.result(p.name) for p in self.phases if p.kind == "improve"]
+        steps = sum(result["steps"] for result in improves if result is not None)
+        training = dataclasses.replace(self.config.improving.training, steps=steps, patience=None)
+        return self._fit(
+            phase,
+            progress,
+            training=training,
+            mixture=MixtureSpec.single(self.train_set),
+            initial_params=lambda: self.policy("bc"),
+        )
+
+    def _evaluate(self, phase: Phase, progress: ProgressLine) -> dict[str, Any]:
+        assert phase.policy is not None
+        scores = self.evaluator.evaluate(
+            self.policy(phase.policy), directory=self.model_dir / "eval", name=phase.policy
+        )
+        progress.log_event(
+            f"{phase.policy}: mean reward {scores['reward']:.4f} | BLEU {scores['bleu']:.2f} | chrF {scores['chrf']:.2f}"
+        )
+        self._writer.write(
+            phase=phase.name, step=0, scalars={name: scores[name] for name in ("reward", "bleu", "chrf", "ter")}
+        )
+        return scores
+
+    def _fit(
+        self,
+        phase: Phase,
+        progress: ProgressLine,
+        *,
+        training: training_lib.Training,
+        mixture: MixtureSpec,
+        initial_params: Callable[[], Params],
+    ) -> dict[str, Any]:
+        result = training_lib.fit(
+            directory=phase_directory(self.model_dir, phase.name),
+            training=training,
+            model=self.config.model,
+            partitioner=self.config.partitioner,
+            initial_params=initial_params,
+            abstract_params=self.abstract_params,
+            mixture=mixture,
+            lengths=self.config.data.lengths,
+            mean_reward=self.evaluator.mean_reward,
+            evaluate_first=phase.kind != "bc",
+            seed=phase_seed(self.config.seed, phase.name),
+            progress=progress,
+            metrics_writer=self._writer,
+            phase=phase.name,
+            stop_requested=self._stop_requested,
+        )
+        return dataclasses.asdict(result)
+
+    def _init_params(self) -> Params:
+        shape = {"encoder_input_tokens": (1, 1), "decoder_input_tokens": (1, 1)}
+        return self.config.model.get_initial_variables(jax.random.key(self.config.seed), shape)["params"]
+
+    def _progress(self, phase: Phase) -> ProgressLine:
+        parts = [f"grow {phase.grow_step}/{self.config.grow_steps}"] if phase.grow_step else []
+        if phase.kind == "improve":
+            parts.append(f"improve {phase.improve_step}/{self.config.improve_steps}")
+        return ProgressLine(" | ".join(parts) or phase.name, enabled=jax.process_index() == 0)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.rename(path)

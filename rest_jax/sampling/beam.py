@@ -1,0 +1,140 @@
+"""Beam search on the incremental decoder, with GNMT's length penalty (Wu et al. 2016, arXiv 1609.08144, equation 14)."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rest_jax.models import t5
+from rest_jax.sampling import decoder
+from rest_jax.sampling.processors import NEGATIVE_INFINITY, legal_tokens
+from rest_jax.sampling.samples import EOS_ID, PAD_ID, Samples
+
+
+class _Beams(NamedTuple):
+    position: jax.Array  # scalar int32
+    live_tokens: jax.Array  # [batch, beam, max_length] int32
+    live_log_probs: jax.Array  # [batch, beam] float32
+    ended_tokens: jax.Array  # [batch, beam, max_length] int32
+    ended_log_probs: jax.Array  # [batch, beam] float32
+    ended_scores: jax.Array  # [batch, beam] float32, length-penalised; very negative where there is none yet
+    cache: decoder.Cache
+
+
+def length_penalty(length: jax.Array | int, alpha: float) -> jax.Array:
+    """((5 + length) / 6) ** alpha, by which a log-probability is divided."""
+    return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** alpha
+
+
+def beam_decode(
+    params: Mapping[str, Any],
+    config: t5.T5Config,
+    *,
+    encoded: jax.Array,
+    encoder_input_tokens: jax.Array,
+    beam_size: int,
+    num_best: int,
+    alpha: float,
+    max_length: int,
+    vocab_size: int,
+) -> Samples:
+    """The `num_best` translations with the highest length-penalised log-probability that a beam finds.
+
+    The search of a source ends when no live hypothesis can still beat its worst ended one. Hypotheses that `max_length`
+    cuts stand behind all that ended by themselves.
+
+    Args:
+      params: T5X's tree.
+      config: the network's shape.
+      encoded: `[batch, source_length, emb_dim]`.
+      encoder_input_tokens: `[batch, source_length]`; rows of padding are fillers.
+      beam_size: hypotheses kept per source.
+      num_best: at most `beam_size`.
+      alpha: of the length penalty; 0 for none.
+      max_length: most tokens, incl. EOS.
+      vocab_size: ids the vocabulary has.
+
+    Returns:
+      Samples `[batch, num_best, max_length]`, best first; `log_probs` are not length-penalised.
+    """
+    batch = encoder_input_tokens.shape[0]
+    params = decoder.cast_params(params, config.dtype)
+    cross = decoder.cross_attention(params, config, encoded=encoded, encoder_input_tokens=encoder_input_tokens)
+    legal = legal_tokens(config.vocab_size, vocab_size)
+    real = jnp.any(encoder_input_tokens > 0, axis=-1)
+    best_possible_penalty = length_penalty(max_length, alpha)
+
+    def unfinished(beams: _Beams) -> jax.Array:
+        # Log-probabilities only fall, so dividing by the largest penalty bounds what a live hypothesis can reach.
+        reachable = jnp.max(beams.live_log_probs, axis=1) / best_possible_penalty
+        open_rows = real & (reachable > jnp.min(beams.ended_scores, axis=1))
+        return (beams.position < max_length) & jnp.any(open_rows)
+
+    def step(beams: _Beams) -> _Beams:
+        previous = jnp.where(
+            beams.position == 0,
+            PAD_ID,
+            jax.lax.dynamic_index_in_dim(beams.live_tokens, jnp.maximum(beams.position - 1, 0), 2, keepdims=False),
+        )
+        logits, cache = decoder.decode_position(
+            params, config, tokens=previous, position=beams.position, cache=beams.cache, cross=cross
+        )
+        log_probs = jnp.where(legal, jax.nn.log_softmax(logits, axis=-1), NEGATIVE_INFINITY)
+        candidates = beams.live_log_probs[:, :, None] + log_probs  # [batch, beam, vocab]
+        # 2 * beam candidates hold at least `beam` that do not end: each beam has one EOS.
+        top, flat = jax.lax.top_k(candidates.reshape(batch, -1), 2 * beam_size)  # [batch, 2 * beam]
+        parents, tokens = flat // config.vocab_size, (flat % config.vocab_size).astype(jnp.int32)
+        extended = jnp.take_along_axis(beams.live_tokens, parents[:, :, None], axis=1)
+        extended = jax.lax.dynamic_update_slice_in_dim(extended, tokens[:, :, None], beams.position, axis=2)
+        ends = tokens == EOS_ID
+
+        scores = jnp.where(ends, top / length_penalty(beams.position + 1, alpha), NEGATIVE_INFINITY)
+        scores = jnp.concatenate([beams.ended_scores, scores], axis=1)
+        ended_scores, chosen = jax.lax.top_k(scores, beam_size)
+        ended_tokens = _choose(jnp.concatenate([beams.ended_tokens, extended], axis=1), chosen)
+        ended_log_probs = _choose(jnp.concatenate([beams.ended_log_probs, top], axis=1), chosen)
+
+        live_log_probs, chosen = jax.lax.top_k(jnp.where(ends, NEGATIVE_INFINITY, top), beam_size)
+        parents = _choose(parents, chosen)
+        reorder = lambda leaf: jnp.take_along_axis(leaf, parents[None, :, :, None, None], axis=2)  # noqa: E731
+        return _Beams(
+            position=beams.position + 1,
+            live_tokens=_choose(extended, chosen),
+            live_log_probs=live_log_probs,
+            ended_tokens=ended_tokens,
+            ended_log_probs=ended_log_probs,
+            ended_scores=ended_scores,
+            cache=jax.tree.map(reorder, cache),
+        )
+
+    empty = jnp.full((batch, beam_size, max_length), PAD_ID, jnp.int32)
+    nothing = jnp.full((batch, beam_size), NEGATIVE_INFINITY, jnp.float32)
+    end = jax.lax.while_loop(
+        unfinished,
+        step,
+        _Beams(
+            position=jnp.zeros((), jnp.int32),
+            live_tokens=empty,
+            # One live hypothesis at first, so that the beam does not fill with copies.
+            live_log_probs=nothing.at[:, 0].set(0.0),
+            ended_tokens=empty,
+            ended_log_probs=nothing,
+            ended_scores=nothing,
+            cache=decoder.empty_cache(config, max_length=max_length, batch=batch, num_samples=beam_size),
+        ),
+    )
+    # Where fewer than num_best ended, live ones fill up, behind them.
+    has_ended = end.ended_scores > NEGATIVE_INFINITY / 2
+    cut_scores = end.live_log_probs / best_possible_penalty + NEGATIVE_INFINITY / 4
+    order = jnp.concatenate([jnp.where(has_ended, end.ended_scores, 2 * NEGATIVE_INFINITY), cut_scores], axis=1)
+    _, chosen = jax.lax.top_k(order, num_best)
+    tokens = _choose(jnp.concatenate([end.ended_tokens, end.live_tokens], axis=1), chosen)
+    tokens = jnp.where(real[:, None, None], tokens, PAD_ID)
+    log_probs = _choose(jnp.concatenate([end.ended_log_probs, end.live_log_probs], axis=1), chosen)
+    return Samples.of(tokens, log_probs)
+
+
+def _choose(values: jax.Array, chosen: jax.Array) -> jax.Array:
+    """`[batch, many, ...]`, `[batch, few]` -> `[batch, few, ...]`."""
+    return jnp.take_along_axis(values, chosen.reshape(*chosen.shape, *(1,) * (values.ndim - 2)), axis=1)

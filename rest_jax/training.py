@@ -1,0 +1,321 @@
+"""The train step and the loop around it. BC, its long control and every Improve step are this loop on other data."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rest_jax.checkpoints.checkpointer import PhaseCheckpoints
+from rest_jax.data.batching import BatchPlan, MixtureSpec
+from rest_jax.errors import Preempted, UserError
+from rest_jax.objectives import Objective, bc
+from rest_jax.optimizers import MakeOptimizer, MakeSchedule, adamw, cosine
+from rest_jax.partitioning import Partitioner
+from rest_jax.reporting.metrics_writer import MetricsWriter
+from rest_jax.reporting.progress import ProgressLine
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """How one phase trains. Bound in gin once for BC and once for Improve.
+
+    Attributes:
+      steps: gradient steps at most.
+      batch_size: rows of a batch over all devices. With packing a row holds several pairs.
+      learning_rate: peak of the schedule.
+      schedule: `(peak, total_steps) -> optax schedule`.
+      optimizer: `(schedule) -> optax optimiser`.
+      objective: what is minimised.
+      microbatches: a batch's gradient is accumulated over this many equal parts.
+      pack: several pairs in a row.
+      eval_period: steps between two measurements of the mean reward on D_eval; each writes a checkpoint.
+      patience: stop after this many measurements in a row without a new best; None to run all steps.
+      checkpoint_period: steps between two checkpoints that only serve to resume.
+      log_period: steps between two log lines.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    schedule: MakeSchedule = cosine
+    optimizer: MakeOptimizer = adamw
+    objective: Objective = bc
+    microbatches: int = 1
+    pack: bool = True
+    eval_period: int = 500
+    patience: int | None = None
+    checkpoint_period: int = 500
+    log_period: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "microbatches", "eval_period", "checkpoint_period", "log_period"):
+            if getattr(self, name) < 1:
+                raise UserError(f"Training.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.steps < 0:
+            raise UserError(f"Training.steps is {self.steps}; it must be 0 (keep the initial policy) or more.")
+        if self.batch_size % self.microbatches:
+            raise UserError(
+                f"Training.batch_size {self.batch_size} is not a multiple of Training.microbatches {self.microbatches}."
+            )
+
+
+@flax.struct.dataclass
+class TrainState:
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+    def as_t5x(self) -> dict[str, Any]:
+        """The tree under which checkpoints store it: T5X's names."""
+        return {"target": self.params, "state": {"step": self.step, "param_states": self.opt_state}}
+
+    @staticmethod
+    def from_t5x(tree: Mapping[str, Any]) -> "TrainState":
+        return TrainState(step=tree["state"]["step"], params=tree["target"], opt_state=tree["state"]["param_states"])
+
+
+def train_step(
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    dropout_key: jax.Array,
+    *,
+    model: Any,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    microbatches: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One gradient step: the mean of `objective` over the batch's target tokens.
+
+    Args:
+      state: step, parameters and optimiser state.
+      batch: features `[batch, length]`.
+      dropout_key: the phase's key; folded with the step, so that a resumed run draws the same masks.
+      model, objective, optimizer: what is trained and how.
+      microbatches: the gradient is summed over this many slices of the batch before the update.
+
+    Returns:
+      The next state, and the batch's metrics: the objective's sums and the gradient's global norm.
+    """
+    step_key = jax.random.fold_in(dropout_key, state.step)
+
+    def summed_gradient(part: Mapping[str, jax.Array], key: jax.Array):
+        loss_fn = lambda params: objective(model, params, part, key)  # noqa: E731
+        (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        return gradient, metrics
+
+    if microbatches == 1:
+        gradient, metrics = summed_gradient(batch, step_key)
+    else:
+        # [batch, ...] -> [microbatches, batch / microbatches, ...], a stride apart so that each slice spans all devices.
+        parts = {k: v.reshape(-1, microbatches, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
+        keys = jax.random.split(step_key, microbatches)
+        shapes = jax.eval_shape(summed_gradient, {k: v[0] for k, v in parts.items()}, keys[0])
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def accumulate(total, part_and_key):
+            return jax.tree.map(jnp.add, total, summed_gradient(*part_and_key)), None
+
+        (gradient, metrics), _ = jax.lax.scan(accumulate, zeros, (parts, keys))
+
+    gradient = jax.tree.map(lambda g: g / jnp.maximum(metrics["weight_sum"], 1.0), gradient)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {**metrics, "grad_norm": optax.global_norm(gradient)}
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def compile_train_step(
+    *, training: Training, model: Any, partitioner: Partitioner, abstract_state: TrainState
+) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """`train_step` under jit with the mesh's shardings; the old state's memory is reused."""
+    optimizer = training.optimizer(training.schedule(training.learning_rate, training.steps))
+    shardings = partitioner.param_shardings(abstract_state)
+
+    def step(state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array):
+        return train_step(
+            state,
+            batch,
+            key,
+            model=model,
+            objective=training.objective,
+            optimizer=optimizer,
+            microbatches=training.microbatches,
+        )
+
+    return jax.jit(
+        step,
+        in_shardings=(shardings, partitioner.batch_sharding(), partitioner.replicated()),
+        out_shardings=(shardings, partitioner.replicated()),
+        donate_argnums=0,
+    )
+
+
+def initial_state(*, training: Training, params: Params, partitioner: Partitioner) -> TrainState:
+    """A state at step 0 around `params`, on the mesh."""
+    optimizer = training.optimizer(training.schedule(training.learning_rate, training.steps))
+
+    def init(params: Params) -> TrainState:
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+    shardings = partitioner.param_shardings(jax.eval_shape(init, params))
+    return jax.jit(init, out_shardings=shardings)(params)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What a training phase left behind; written into its commit mark."""
+
+    best_step: int
+    best_reward: float
+    steps: int
+    target_tokens: int
+    history: tuple[tuple[int, float], ...]  # (step, mean reward on D_eval)
+
+
+def fit(
+    *,
+    directory: Path,
+    training: Training,
+    model: Any,
+    partitioner: Partitioner,
+    initial_params: Callable[[], Params],
+    abstract_params: Params,
+    mixture: MixtureSpec,
+    lengths: Mapping[str, int],
+    mean_reward: Callable[[Params], float],
+    evaluate_first: bool,
+    seed: int,
+    progress: ProgressLine,
+    metrics_writer: MetricsWriter,
+    phase: str,
+    stop_requested: Callable[[], bool],
+) -> FitResult:
+    """Trains from `initial_params` and keeps the checkpoint with the best mean reward on D_eval.
+
+    Started again on the same directory it continues from the newest checkpoint, and ends with the same bytes.
+
+    Args:
+      directory: where checkpoints go.
+      training: steps, batch, schedule, objective.
+      model: a model with T5X's methods.
+      partitioner: the mesh and its rules.
+      initial_params: gives the parameters to start from; called only when there is no checkpoint.
+      abstract_params: their shapes.
+      mixture: the pairs to train on.
+      lengths: `{'inputs': S, 'targets': T}`, the rows' lengths in tokens.
+      mean_reward: params -> mean reward of samples on D_eval.
+      evaluate_first: measure the initial policy too, so that a phase that only hurts keeps what it was given.
+      seed: of data order and dropout.
+      progress, metrics_writer, phase: where to report, under which name.
+      stop_requested: True after SIGTERM.
+
+    Raises:
+      Preempted: after saving, when `stop_requested`.
+      FloatingPointError: the loss is not finite; names the step and the ids of the batch's sources.
+    """
+    checkpoints = PhaseCheckpoints(directory)
+    abstract = jax.eval_shape(
+        lambda params: initial_state(training=training, params=params, partitioner=partitioner), abstract_params
+    )
+    latest = checkpoints.latest_step()
+    if latest is None:
+        state = initial_state(training=training, params=initial_params(), partitioner=partitioner)
+        step, tokens, history = 0, 0, []
+    else:
+        tree, saved = checkpoints.restore(latest, abstract_tree=partitioner.with_shardings(abstract.as_t5x()))
+        state = TrainState.from_t5x(tree)
+        step, tokens, history = latest, saved["tokens"], [(int(s), float(r)) for s, r in saved["history"]]
+
+    step_fn = compile_train_step(training=training, model=model, partitioner=partitioner, abstract_state=abstract)
+    plan = BatchPlan(
+        mixture,
+        batch_size=training.batch_size,
+        source_length=lengths["inputs"],
+        target_length=lengths["targets"],
+        pack=training.pack,
+        seed=seed,
+    )
+    batches = plan.iterator(start_step=step)
+    dropout_key = jax.random.key(seed)
+    pending: list[dict[str, jax.Array]] = []  # Metrics of the steps since the last log line, still on the device.
+
+    def save(*, reward: float | None) -> None:
+        progress_so_far = {"history": history, "tokens": tokens}
+        checkpoints.save(step, state.as_t5x(), progress=progress_so_far, reward=reward)
+
+    def measure() -> None:
+        with progress.paused():
+            reward = mean_reward(state.params)
+            history.append((step, reward))
+            save(reward=reward)
+        metrics_writer.write(phase=phase, step=step, scalars={"eval/reward": reward})
+        progress.log_event(f"step {step} | mean reward on D_eval {reward:.4f}")
+
+    def flush() -> None:
+        nonlocal tokens
+        fetched = jax.device_get(pending)
+        first = step - len(fetched)
+        for offset, values in enumerate(fetched):
+            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+                ids = plan.batch_example_ids(first + offset)
+                raise FloatingPointError(
+                    f"{phase}: the loss is {values['loss']} and the gradient's norm {values['grad_norm']} at step "
+                    f"{first + offset}; the batch's source ids are {np.array2string(ids, threshold=64)}. "
+                    "Nothing was saved since the last checkpoint. Lower the learning rate, or look at these pairs."
+                )
+        pending.clear()
+        if not fetched:
+            return
+        total = {key: float(sum(values[key] for values in fetched)) for key in fetched[0]}
+        weight = max(total["weight_sum"], 1.0)
+        tokens += int(total["weight_sum"])
+        scalars = {
+            "loss": total["loss"] / weight,
+            "cross_entropy": total["cross_entropy"] / weight,
+            "accuracy": total["correct"] / weight,
+            "grad_norm": total["grad_norm"] / len(fetched),
+        }
+        progress.update(step, tokens=int(total["weight_sum"]), loss=scalars["loss"])
+        metrics_writer.write(phase=phase, step=step, scalars=scalars)
+
+    def out_of_patience() -> bool:
+        if training.patience is None or not history:
+            return False
+        best_index = max(range(len(history)), key=lambda i: history[i][1])
+        return len(history) - 1 - best_index >= training.patience
+
+    try:
+        if step == 0 and evaluate_first and not history:
+            measure()
+        while step < training.steps and not out_of_patience():
+            state, metrics = step_fn(state, partitioner.put_batch(next(batches)[1]), dropout_key)
+            pending.append(metrics)
+            step += 1
+            at_end = step == training.steps
+            if step % training.log_period == 0 or at_end or stop_requested():
+                flush()
+            if step % training.eval_period == 0 or at_end:
+                flush()
+                measure()
+            elif step % training.checkpoint_period == 0 or stop_requested():
+                flush()
+                save(reward=None)
+            if stop_requested():
+                raise Preempted(f"{phase}: stopped at step {step}; everything is saved.")
+        if not history:
+            measure()
+    finally:
+        checkpoints.close()
+    best_step, best_reward = max(history, key=lambda item: (item[1], -item[0]))
+    return FitResult(
+        best_step=best_step, best_reward=best_reward, steps=step, target_tokens=tokens, history=tuple(history)
+    )
