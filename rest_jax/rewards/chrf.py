@@ -31,7 +31,11 @@ from rest_jax.rewards.base import RewardBatch, RewardVocabulary
 _WORD_BITS = 32
 # Reference characters per turn of the loop.
 _BLOCK = 32
-# Texts are written into the smallest of these shapes, times 4, 16, ..., that holds the longest: each is one compilation.
+# Samples scored at once on one device: what its cache holds, or what keeps it busy in bounded memory (50 KB a text at 2048
+# characters).
+_CPU_TEXTS = 640
+_ACCELERATOR_TEXTS = 8192
+# Texts are written into the first of these widths, and its doubles, that holds the longest; each is compiled once.
 _FEWEST_CHARACTERS = 128
 
 
@@ -63,22 +67,53 @@ class ChrF:
 
     def score(self, params: characters.CharacterTable, batch: RewardBatch) -> dict[str, jax.Array]:
         samples, references = batch["samples"], batch["references"]
-        num_sources, num_samples, length = samples.shape
-        spelled_samples = characters.spell(params, samples.reshape(num_sources * num_samples, length))
-        spelled_references = characters.spell(params, references)
-        matches = _matches_in_fitting_shape(
-            params, spelled_samples, spelled_references, num_samples=num_samples, char_order=self.char_order
-        )  # [char_order, sources * samples]
-        scores = f_score(
-            matches=matches,
-            sample_characters=spelled_samples.num_characters,
-            reference_characters=jnp.repeat(spelled_references.num_characters, num_samples),
-            beta=self.beta,
-        )
-        return {self.name: scores.reshape(num_sources, num_samples)}
+        num_sources, num_samples, _ = samples.shape
+        passes = _number_of_passes(num_sources, num_samples=num_samples)
+
+        def score_pass(batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+            return _score(params, *batch, char_order=self.char_order, beta=self.beta)
+
+        # A pass takes every passes-th source, not neighbours, so that each has its share of every shard of the batch.
+        scores = jax.lax.map(score_pass, (_deal(samples, passes), _deal(references, passes)))
+        return {self.name: jnp.moveaxis(scores, 0, 1).reshape(num_sources, num_samples)}
 
     def combine(self, components: Mapping[str, jax.Array]) -> jax.Array:
         return components[self.name]
+
+
+def _number_of_passes(num_sources: int, *, num_samples: int) -> int:
+    """The fewest equal passes over the sources that keep a pass within `_CPU_TEXTS` or `_ACCELERATOR_TEXTS` per device."""
+    texts = (_CPU_TEXTS if jax.default_backend() == "cpu" else _ACCELERATOR_TEXTS) * jax.device_count()
+    fitting = (
+        passes
+        for passes in range(1, num_sources + 1)
+        if num_sources % passes == 0 and num_sources // passes * num_samples <= texts
+    )
+    return next(fitting, num_sources)
+
+
+def _deal(array: jax.Array, hands: int) -> jax.Array:
+    """`[n, ...]` -> `[hands, n / hands, ...]`, as cards are dealt."""
+    return jnp.moveaxis(array.reshape(array.shape[0] // hands, hands, *array.shape[1:]), 1, 0)
+
+
+def _score(
+    table: characters.CharacterTable, samples: jax.Array, references: jax.Array, *, char_order: int, beta: float
+) -> jax.Array:
+    """chrF `[sources, num_samples]` of tokens `[sources, num_samples, length]` against `[sources, reference_length]`."""
+    num_sources, num_samples, length = samples.shape
+    spelled_samples = characters.spell(table, samples.reshape(num_sources * num_samples, length))
+    spelled_references = characters.spell(table, references)
+    matches = _matches_in_fitting_width(
+        table, spelled_samples, spelled_references, num_samples=num_samples, char_order=char_order
+    )  # [char_order, sources * num_samples]
+    scores = f_score(
+        matches=matches,
+        sample_characters=spelled_samples.num_characters,
+        reference_characters=jnp.repeat(spelled_references.num_characters, num_samples),
+        beta=beta,
+    )
+    return scores.reshape(num_sources, num_samples)
 
 
 def f_score(
@@ -107,7 +142,7 @@ def f_score(
     return jnp.where(weighted > 0, (1 + factor) * precision * recall / jnp.where(weighted > 0, weighted, 1.0), 0.0)
 
 
-def _matches_in_fitting_shape(
+def _matches_in_fitting_width(
     table: characters.CharacterTable,
     samples: characters.Spelling,
     references: characters.Spelling,
@@ -174,7 +209,10 @@ def clipped_matches(
         before = _low_bits(position + jnp.arange(_BLOCK, dtype=jnp.int32)[:, None] - word_start)[:, :, None]
         ranks = _occurrences(reference_text, codes, ~before, char_order=char_order)
         counts = _occurrences(
-            sample_text, jnp.repeat(codes, num_samples, axis=1), jnp.full_like(before, 0xFFFFFFFF), char_order=char_order
+            sample_text,
+            jnp.repeat(codes, num_samples, axis=1),
+            jnp.full_like(before, 0xFFFFFFFF),
+            char_order=char_order,
         )
         found = []
         for rank, count in zip(ranks, counts, strict=True):
@@ -201,10 +239,7 @@ def _bit_planes(codes: jax.Array, *, char_order: int) -> jax.Array:
     grouped = jnp.take(codes.T, character, axis=0, mode="fill", fill_value=0).astype(jnp.uint32)  # [words, 32, texts]
     shift = place.astype(jnp.uint32)[:, None]
     return jnp.stack(
-        [
-            jnp.sum(((grouped >> bit) & 1) << shift, axis=1, dtype=jnp.uint32)
-            for bit in range(characters.CODE_BITS)
-        ]
+        [jnp.sum(((grouped >> bit) & 1) << shift, axis=1, dtype=jnp.uint32) for bit in range(characters.CODE_BITS)]
     )
 
 
