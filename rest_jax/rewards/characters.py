@@ -1,8 +1,8 @@
 """Token ids -> the characters of the text they stand for, in the graph.
 
 The text is what SentencePiece decodes: pieces joined, runs of byte pieces read as UTF-8 (U+FFFD for each byte that is
-part of no valid sequence), the unknown token shown by its surface, nothing for control tokens and padding. Whitespace is
-left out, because chrF does not count it; "▁" therefore needs no care.
+part of no valid sequence), the unknown token shown by its surface, nothing for control tokens and padding. Whitespace
+is left out, because chrF does not count it.
 """
 
 from typing import NamedTuple
@@ -42,8 +42,8 @@ class Spelling(NamedTuple):
     """Where the characters of `rows` texts lie; `characters` reads them.
 
     Attributes:
-      offsets: int32 `[rows, length]`. Character p of the text, where it lies in this token, is entry `offset + p` of the
-        flattened table; or, where the token is a byte, the offset itself is the code point plus `_LITERAL`.
+      offsets: int32 `[rows, length]`. Character p of the text, where it lies in this token, is entry `offset + p` of
+        the flattened table; or, where the token is a byte, the offset itself is the code point plus `_LITERAL`.
       ends: int32 `[rows, length]`, characters up to and including this token.
     """
 
@@ -63,8 +63,8 @@ def character_table(vocabulary: RewardVocabulary) -> CharacterTable:
     spellings: list[list[int]] = []
     for token in [*range(size), vocabulary.unk_id]:
         text = ""
-        if token < len(byte_values) - 1 and vocabulary.is_byte(token):
-            byte_values[token] = int(vocabulary.id_to_piece(token)[3:5], 16)  # "<0x0A>"
+        if vocabulary.is_byte(token):
+            byte_values[len(spellings)] = int(vocabulary.id_to_piece(token)[3:5], 16)  # "<0x0A>"
         elif vocabulary.is_unknown(token):
             text = vocabulary.decode([token])
         elif not vocabulary.is_control(token) and token not in (PAD_ID, EOS_ID):

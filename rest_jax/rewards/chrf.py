@@ -1,25 +1,24 @@
 """chrF (Popovic 2015) of each sample against its source's reference, in the graph and exact.
 
-It equals sacreBLEU's sentence chrF (character n-grams up to `char_order`, no whitespace, no word n-grams, effective order,
-no smoothing), divided by 100, of the decoded texts.
+It equals sacreBLEU's sentence chrF of the decoded texts, divided by 100: character n-grams up to `char_order`, no
+whitespace, no word n-grams, effective order, no smoothing.
 
-n-grams are neither hashed nor sorted. Let r_j be the reference's characters and bit i of the word row E_j say whether
-character i of the sample is r_j. Then the sample's occurrences of the n-gram that starts at r_j are
+n-grams are neither hashed nor sorted. Let r_j be the reference's characters and bit i of the row E[j] say whether
+character i of the sample is r_j. The sample's occurrences of the n-gram that starts at r_j are then the bits of
 
-    M_1[j] = E_j,    M_n[j] = E_j & (M_{n-1}[j + 1] >> 1)
+    M_n[j] = E[j] & (E[j + 1] >> 1) & ... & (E[j + n - 1] >> (n - 1))
 
 and with rank_n[j] = how many of r_j, r_{j+1}, ... start the same n-gram, the clipped number of matches is
 
-    sum over distinct n-grams of min(count in sample, count in reference) = sum over j of [rank_n[j] <= popcount(M_n[j])].
+    sum over distinct n-grams of min(count in sample, in reference) = sum over j of [rank_n[j] <= popcount(M_n[j])]
 
-The ranks come from the same recurrence run on the reference itself. So a pair of texts of 150 characters costs 150 steps
-over 5 words of 32 bits for each order, for all samples at once, in memory for one step.
+The rank is the same popcount with the reference in the place of the sample, over the places from j on. E[j] itself
+comes from the bit planes of the code points: 21 exclusive-ors of words that hold 32 characters each.
 """
 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,20 +30,20 @@ from rest_jax.rewards.base import RewardBatch, RewardVocabulary
 _WORD_BITS = 32
 # Reference characters per turn of the loop.
 _BLOCK = 32
-# Samples scored at once on one device: what its cache holds, or what keeps it busy in bounded memory (50 KB a text at 2048
-# characters).
+# Samples scored at once on one device: what its cache holds, or what keeps it busy in bounded memory (50 KB a text of
+# 2048 characters).
 _CPU_TEXTS = 640
 _ACCELERATOR_TEXTS = 8192
-# Texts are written into the first of these widths, and its doubles, that holds the longest; each is compiled once.
-_FEWEST_CHARACTERS = 128
+# Texts are written into the first of these widths that holds the longest, or into one that holds all; each is compiled.
+_WIDTHS = (128, 256, 512)
 
 
 @dataclasses.dataclass(frozen=True)
 class ChrF:
     """Sentence chrF of samples against the reference, in [0, 1].
 
-    A reference scores 1.0 against itself, so a threshold never drops D's own pairs: filter D by itself where its quality
-    matters. A sample or reference without any character scores 0.
+    A reference scores 1.0 against itself, so a threshold below 1 never drops D's own pairs: filter D by itself where
+    its quality matters. A sample or reference without any character scores 0.
 
     Attributes:
       char_order: longest character n-gram.
@@ -57,8 +56,8 @@ class ChrF:
     requires_reference: bool = dataclasses.field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        if self.char_order < 1:
-            raise UserError(f"ChrF.char_order is {self.char_order}; it must be at least 1.")
+        if not 1 <= self.char_order <= _WORD_BITS // 2:
+            raise UserError(f"ChrF.char_order is {self.char_order}; it must be 1 to {_WORD_BITS // 2}. chrF has 6.")
         if not self.beta > 0:
             raise UserError(f"ChrF.beta is {self.beta}; it must be above 0.")
 
@@ -82,7 +81,7 @@ class ChrF:
 
 
 def _number_of_passes(num_sources: int, *, num_samples: int) -> int:
-    """The fewest equal passes over the sources that keep a pass within `_CPU_TEXTS` or `_ACCELERATOR_TEXTS` per device."""
+    """The fewest equal passes over the sources that keep each within the texts that a device scores at once."""
     texts = (_CPU_TEXTS if jax.default_backend() == "cpu" else _ACCELERATOR_TEXTS) * jax.device_count()
     fitting = (
         passes
@@ -100,38 +99,43 @@ def _deal(array: jax.Array, hands: int) -> jax.Array:
 def _score(
     table: characters.CharacterTable, samples: jax.Array, references: jax.Array, *, char_order: int, beta: float
 ) -> jax.Array:
-    """chrF `[sources, num_samples]` of tokens `[sources, num_samples, length]` against `[sources, reference_length]`."""
-    num_sources, num_samples, length = samples.shape
-    spelled_samples = characters.spell(table, samples.reshape(num_sources * num_samples, length))
-    spelled_references = characters.spell(table, references)
-    matches = _matches_in_fitting_width(
-        table, spelled_samples, spelled_references, num_samples=num_samples, char_order=char_order
-    )  # [char_order, sources * num_samples]
-    scores = f_score(
+    """chrF `[sources, num_samples]` of tokens `[sources, num_samples, length]` and `[sources, reference_length]`."""
+    length = max(samples.shape[2], references.shape[1])
+    # The reference goes along as the last text of its source.
+    texts = jnp.concatenate([_pad_to(samples, length), _pad_to(references[:, None], length)], axis=1)
+    spelling = characters.spell(table, texts.reshape(-1, length))
+    num_characters = spelling.num_characters.reshape(texts.shape[:2])
+    matches = _matches_in_fitting_width(table, spelling, texts_per_source=texts.shape[1], char_order=char_order)
+    return f_score(
         matches=matches,
-        sample_characters=spelled_samples.num_characters,
-        reference_characters=jnp.repeat(spelled_references.num_characters, num_samples),
+        sample_characters=num_characters[:, :-1],
+        reference_characters=num_characters[:, -1:],
         beta=beta,
     )
-    return scores.reshape(num_sources, num_samples)
+
+
+def _pad_to(tokens: jax.Array, length: int) -> jax.Array:
+    return jnp.pad(tokens, ((0, 0), (0, 0), (0, length - tokens.shape[2])))
 
 
 def f_score(
     *, matches: jax.Array, sample_characters: jax.Array, reference_characters: jax.Array, beta: float
 ) -> jax.Array:
-    """chrF from clipped match counts, as sacreBLEU computes it: precision and recall are averaged over the orders that both
-    texts are long enough for, then combined.
+    """chrF from clipped match counts, as sacreBLEU computes it.
+
+    Precision and recall are averaged over the orders that both texts are long enough for, then combined.
 
     Args:
-      matches: int32 `[char_order, pairs]`.
-      sample_characters, reference_characters: int32 `[pairs]`.
+      matches: int32 `[char_order, sources, num_samples]`.
+      sample_characters: int32 `[sources, num_samples]`.
+      reference_characters: int32 `[sources, 1]`.
       beta: weight of recall.
 
     Returns:
-      float32 `[pairs]`, 0 where nothing matches.
+      float32 `[sources, num_samples]`, 0 where nothing matches.
     """
-    order = jnp.arange(matches.shape[0], dtype=jnp.int32)[:, None]
-    in_sample = jnp.maximum(sample_characters - order, 0)  # [char_order, pairs] n-grams
+    order = jnp.arange(matches.shape[0], dtype=jnp.int32)[:, None, None]
+    in_sample = jnp.maximum(sample_characters - order, 0)  # [char_order, sources, num_samples] n-grams
     in_reference = jnp.maximum(reference_characters - order, 0)
     effective = (in_sample > 0) & (in_reference > 0)
     orders = jnp.maximum(jnp.sum(effective, axis=0), 1)
@@ -143,141 +147,113 @@ def f_score(
 
 
 def _matches_in_fitting_width(
-    table: characters.CharacterTable,
-    samples: characters.Spelling,
-    references: characters.Spelling,
-    *,
-    num_samples: int,
-    char_order: int,
+    table: characters.CharacterTable, spelling: characters.Spelling, *, texts_per_source: int, char_order: int
 ) -> jax.Array:
     """`clipped_matches` over character arrays as wide as the longest text asks for, chosen at run time.
 
     Tokens bound the characters only loosely (a piece may have 16), and cost is quadratic in the width.
     """
-    longest_piece = table.codes.shape[1]
-    bound = longest_piece * max(samples.ends.shape[1], references.ends.shape[1])
-    widths = [_FEWEST_CHARACTERS]
-    while widths[-1] < bound:
-        widths.append(2 * widths[-1])
+    rows, length = spelling.ends.shape
+    num_characters = spelling.num_characters.reshape(-1, texts_per_source)
 
     def matches(width: int) -> jax.Array:
+        codes = characters.characters(table, spelling, max_characters=width)
         return clipped_matches(
-            samples=characters.characters(table, samples, max_characters=width),
-            references=characters.characters(table, references, max_characters=width),
-            reference_characters=references.num_characters,
-            num_samples=num_samples,
+            codes.reshape(rows // texts_per_source, texts_per_source, width),
+            longest_reference=jnp.max(num_characters[:, -1]),
             char_order=char_order,
         )
 
-    longest = jnp.maximum(jnp.max(samples.num_characters), jnp.max(references.num_characters))
-    fitting = jnp.sum(longest > jnp.asarray(widths[:-1], jnp.int32))
+    bound = table.codes.shape[1] * length
+    widths = [*(width for width in _WIDTHS if width < bound), bound]
+    fitting = jnp.sum(jnp.max(num_characters) > jnp.asarray(widths[:-1], jnp.int32))
     return jax.lax.switch(fitting, [functools.partial(matches, width) for width in widths])
 
 
-def clipped_matches(
-    *,
-    samples: jax.Array,
-    references: jax.Array,
-    reference_characters: jax.Array,
-    num_samples: int,
-    char_order: int,
-) -> jax.Array:
+def clipped_matches(texts: jax.Array, *, longest_reference: jax.Array, char_order: int) -> jax.Array:
     """For n = 1..char_order: the sum over distinct n-grams of min(count in sample, count in reference).
 
     Args:
-      samples: code points int32 `[sources * num_samples, width]`, 0 past the end.
-      references: code points int32 `[sources, width]`, 0 past the end.
-      reference_characters: int32 `[sources]`.
-      num_samples: consecutive samples of one source.
+      texts: code points int32 `[sources, num_samples + 1, width]`, 0 past the end; the last text of each source is
+        its reference.
+      longest_reference: int32, no reference has more characters.
       char_order: highest n.
 
     Returns:
-      int32 `[char_order, sources * num_samples]`.
+      int32 `[char_order, sources, num_samples]`.
     """
-    width = references.shape[1]
-    sample_text = _bit_planes(samples, char_order=char_order)
-    reference_text = _bit_planes(references, char_order=char_order)
-    stride = _WORD_BITS - char_order + 1
-    # Reference characters lie behind each other, texts beside each other: [width + _BLOCK + char_order - 1, sources].
-    columns = jnp.pad(references.T, ((0, _BLOCK + char_order - 1), (0, 0)))
-    word_start = stride * jnp.arange(sample_text.shape[1], dtype=jnp.int32)
+    sources, per_source, width = texts.shape
+    planes = _bit_planes(texts.reshape(-1, width), char_order=char_order)  # [CODE_BITS, words, texts]
+    is_reference = jnp.arange(sources * per_source, dtype=jnp.int32) % per_source == per_source - 1
+    # References' characters lie behind each other, texts beside each other: [width + _BLOCK + char_order, sources].
+    references = jnp.pad(texts[:, -1].T, ((0, _BLOCK + char_order), (0, 0)))
 
+    # Loops over characters, not one operation on all of them: a loop's result is an array, where XLA would fuse the
+    # comparison into each of its uses and repeat it there.
     def block(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        position, matches = state
-        codes = jax.lax.dynamic_slice_in_dim(columns, position, _BLOCK + char_order - 1)
-        # Bits of the reference before each of the block's characters, [_BLOCK, words, 1]: the rank counts the others.
-        before = _low_bits(position + jnp.arange(_BLOCK, dtype=jnp.int32)[:, None] - word_start)[:, :, None]
-        ranks = _occurrences(reference_text, codes, ~before, char_order=char_order)
-        counts = _occurrences(
-            sample_text,
-            jnp.repeat(codes, num_samples, axis=1),
-            jnp.full_like(before, 0xFFFFFFFF),
-            char_order=char_order,
-        )
-        found = []
-        for rank, count in zip(ranks, counts, strict=True):
-            rank = jnp.repeat(rank, num_samples, axis=1)  # 0 where the reference has no such n-gram: past its end
-            found.append(jnp.sum((rank > 0) & (rank <= count), axis=0, dtype=jnp.int32))
-        return position + _BLOCK, matches + jnp.stack(found)
+        start, matches = state
+        codes = jax.lax.dynamic_slice_in_dim(references, start, _BLOCK + char_order - 1)
+        # E of the block's characters and the few after it: [_BLOCK + char_order - 1, words, texts].
+        equal = jax.lax.map(lambda code: _equal_places(planes, jnp.repeat(code, per_source)), codes)
 
-    longest = jnp.max(reference_characters)
-    start = (jnp.int32(0), jnp.zeros((char_order, samples.shape[0]), jnp.int32))
-    return jax.lax.while_loop(lambda state: state[0] < longest, block, start)[1]
+        def count(offset: jax.Array) -> list[jax.Array]:
+            window = jax.lax.dynamic_slice_in_dim(equal, offset, char_order)
+            # In the reference itself only the places from this character on count: that is the rank.
+            before = _places_before(start + offset, words=planes.shape[1], char_order=char_order)
+            places = _first_bits(char_order) & jnp.where(is_reference, ~before[:, None], jnp.uint32(0xFFFFFFFF))
+            counts = []
+            for step in range(char_order):
+                places &= window[step] >> step
+                counts.append(jnp.sum(jax.lax.population_count(places), axis=0, dtype=jnp.uint32))
+            return counts
+
+        counts = jax.lax.map(count, jnp.arange(_BLOCK, dtype=jnp.int32))  # char_order times [_BLOCK, texts]
+        found = []
+        for count_of_order in counts:
+            by_source = count_of_order.reshape(_BLOCK, sources, per_source)
+            rank = by_source[:, :, -1:]  # 0 where the n-gram would reach past the reference's end
+            found.append(jnp.sum((rank > 0) & (rank <= by_source[:, :, :-1]), axis=0, dtype=jnp.int32))
+        return start + _BLOCK, matches + jnp.stack(found)
+
+    start = (jnp.int32(0), jnp.zeros((char_order, sources, per_source - 1), jnp.int32))
+    return jax.lax.while_loop(lambda state: state[0] < longest_reference, block, start)[1]
+
+
+def _stride(char_order: int) -> int:
+    """Characters from the start of one word to the next.
+
+    Words of 32 bits overlap by char_order - 1 bits, so that an n-gram that starts in the first `stride` bits lies in
+    one word and no bit moves between words.
+    """
+    return _WORD_BITS - char_order + 1
+
+
+def _first_bits(char_order: int) -> jax.Array:
+    """The bits of a word in which an n-gram is counted."""
+    return jnp.uint32((1 << _stride(char_order)) - 1)
 
 
 def _bit_planes(codes: jax.Array, *, char_order: int) -> jax.Array:
     """Code points `[texts, width]` -> uint32 `[CODE_BITS, words, texts]`: bit i of word w of plane b is bit b of the
-    character `stride * w + i`. Texts are last, so that neighbouring lanes do the same work on different texts.
-
-    A word starts `stride = 33 - char_order` characters after the one before and they overlap by char_order - 1, so that an
-    n-gram that starts in the first `stride` bits lies in one word.
-    """
-    stride = _WORD_BITS - char_order + 1
-    words = -(-codes.shape[1] // stride)
-    place = jnp.arange(_WORD_BITS, dtype=jnp.int32)
-    character = stride * jnp.arange(words, dtype=jnp.int32)[:, None] + place
+    character `stride * w + i`. Texts are last, so that neighbouring lanes do the same work on different texts."""
+    words = -(-codes.shape[1] // _stride(char_order))
+    bit = jnp.arange(_WORD_BITS, dtype=jnp.uint32)
+    character = _stride(char_order) * jnp.arange(words)[:, None] + jnp.arange(_WORD_BITS)
     grouped = jnp.take(codes.T, character, axis=0, mode="fill", fill_value=0).astype(jnp.uint32)  # [words, 32, texts]
-    shift = place.astype(jnp.uint32)[:, None]
-    return jnp.stack(
-        [jnp.sum(((grouped >> bit) & 1) << shift, axis=1, dtype=jnp.uint32) for bit in range(characters.CODE_BITS)]
-    )
+    plane = jnp.arange(characters.CODE_BITS, dtype=jnp.uint32)[:, None, None, None]
+    return jnp.sum(((grouped >> plane) & 1) << bit[:, None], axis=2, dtype=jnp.uint32)
 
 
-def _occurrences(planes: jax.Array, codes: jax.Array, mask: jax.Array, *, char_order: int) -> list[jax.Array]:
-    """How often each text has the n-gram that starts at each of `codes`, for n = 1..char_order.
-
-    Args:
-      planes: uint32 `[CODE_BITS, words, texts]`.
-      codes: int32 `[_BLOCK + char_order - 1, texts]`; 0, past the end, equals nothing.
-      mask: uint32, broadcast to `[_BLOCK, words, texts]`: the places that count.
-
-    Returns:
-      char_order times int32 `[_BLOCK, texts]`.
-    """
-    first_bits = mask & _low_bits(jnp.int32(_WORD_BITS - char_order + 1))
-
-    # Loops over characters, not one operation on all of them: a loop's result is an array, where XLA would fuse the
-    # comparison into each of its uses and repeat it there.
-    def equal_places(code: jax.Array) -> jax.Array:
-        different = jnp.where(code == 0, jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
-        for bit in range(characters.CODE_BITS):
-            different |= planes[bit] ^ (jnp.uint32(0) - ((code >> bit) & 1).astype(jnp.uint32))
-        return ~different
-
-    equal = jax.lax.map(equal_places, codes)  # [_BLOCK + char_order - 1, words, texts]
-
-    def count(position: jax.Array) -> list[jax.Array]:
-        window = jax.lax.dynamic_slice_in_dim(equal, position, char_order)
-        rows, counts = first_bits[position], []
-        for step in range(char_order):
-            rows &= window[step] >> step
-            counts.append(jnp.sum(jax.lax.population_count(rows), axis=0, dtype=jnp.uint32).astype(jnp.int32))
-        return counts
-
-    return jax.lax.map(count, jnp.arange(_BLOCK, dtype=jnp.int32))
+def _equal_places(planes: jax.Array, code: jax.Array) -> jax.Array:
+    """Which characters of each text are `code [texts]`: bits `[words, texts]`. Code 0, past the end, equals nothing."""
+    different = jnp.where(code == 0, jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
+    for bit in range(characters.CODE_BITS):
+        different |= planes[bit] ^ (jnp.uint32(0) - ((code >> bit) & 1).astype(jnp.uint32))
+    return ~different
 
 
-def _low_bits(count: jax.Array) -> jax.Array:
-    """Words with the lowest `count` bits set; all for 32 and more, none for 0 and less."""
-    inside = jnp.clip(count, 0, _WORD_BITS - 1).astype(jnp.uint32)
-    return jnp.where(count >= _WORD_BITS, jnp.uint32(0xFFFFFFFF), (jnp.uint32(1) << inside) - 1)
+def _places_before(position: jax.Array, *, words: int, char_order: int) -> jax.Array:
+    """uint32 `[words]`: bits of the characters before `position`."""
+    count = position - _stride(char_order) * jnp.arange(words, dtype=jnp.int32)
+    some = (jnp.uint32(1) << jnp.clip(count, 0, _WORD_BITS - 1).astype(jnp.uint32)) - 1
+    return jnp.where(count >= _WORD_BITS, jnp.uint32(0xFFFFFFFF), some)
