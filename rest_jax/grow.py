@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rest_jax.data.batching import LengthGroup
-from rest_jax.data.store import ChunkRows, ChunkSources, StoreWriter
+from rest_jax.data.store import ChunkRows, ChunkSources, ScoredStore, StoreWriter
 from rest_jax.data.token_dataset import TokenDataset
 from rest_jax.errors import Preempted, UserError
 from rest_jax.filters import Filter, Threshold, distinct
@@ -179,14 +179,30 @@ def grow(
     metrics_writer: MetricsWriter,
     phase: str,
     stop_requested: Callable[[], bool],
+    preview: Callable[[ScoredStore], list[dict[str, Any]]],
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Samples D and writes the survivors to the store at `directory`; chunks already there are not drawn again.
+
+    Args:
+      directory: of the store.
+      growing, program: what `compile_grow` was given, and what it made.
+      params, policy_step: the policy that samples, and its training step, for the record.
+      reward_params: the reward's tables or weights.
+      dataset, lengths: D, and the rows' lengths in tokens.
+      partitioner: the mesh.
+      seed, grow_step: what the draws are a function of, beside source and sample.
+      progress, metrics_writer, phase: where to report, under which name.
+      stop_requested: True after SIGTERM.
+      preview: what each Improve step would train on; goes into the statistics, and fails here rather than later.
+      facts: further entries of the statistics, such as the vocabulary's hash.
 
     Returns:
       The statistics of all samples, as written to `stats.json`.
 
     Raises:
       Preempted: when `stop_requested`; every finished chunk is in the store.
+      UserError: an Improve step would ask for samples that Grow's filter dropped.
     """
     writer = StoreWriter(directory, process_index=jax.process_index())
     indices = choose_sources(num_sources=len(dataset), max_sources=growing.max_sources, seed=seed, stream=grow_step)
@@ -213,6 +229,15 @@ def grow(
     metrics_writer.write(
         phase=phase, step=grow_step, scalars={k: v for k, v in statistics.items() if isinstance(v, (int, float))}
     )
+    store = ScoredStore.open(directory, require_done=False)
+    rewards = store.rewards[store.valid]
+    statistics |= {
+        "kept": int(store.stored.sum()),
+        "reference_mean": float(np.nanmean(store.reference_rewards)),
+        "kept_by_threshold": [int((rewards > percent / 100).sum()) for percent in range(101)],
+        "thresholds": preview(store),
+        **facts,
+    }
     writer.finish(statistics)
     return statistics
 

@@ -35,7 +35,10 @@ from rest_jax.filters import check_schedule
 from rest_jax.partitioning import Partitioner
 from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
+from rest_jax.reporting.report import write_report
+from rest_jax.reporting.table import format_table
 from rest_jax.rewards.base import Reward, check_reward
+from rest_jax.summary import summarise
 
 Params = Any
 
@@ -216,7 +219,37 @@ class Runner:
             started = time.monotonic()
             result = getattr(self, f"_{phase.kind}")(phase, self._progress(phase))
             write_json(mark, {"name": phase.name, **result, "seconds": round(time.monotonic() - started, 2)})
+            if phase.kind == "evaluate":
+                self._report()
         self._writer.close()
+
+    def _report(self) -> None:
+        """Brings summary.json, report.html and policy/ up to date with what is finished."""
+        if jax.process_index() != 0:
+            return
+        results = {phase.name: result for phase in self.phases if (result := self.result(phase.name)) is not None}
+        facts = {
+            "task": self.config.data.task,
+            "parameters": int(sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract_params))),
+            "mesh": {name: int(size) for name, size in self.config.partitioner.mesh.shape.items()},
+        }
+        summary = summarise(
+            self.model_dir,
+            results,
+            num_resamples=self.config.evaluation.bootstrap_resamples,
+            seed=self.config.seed,
+            facts=facts,
+        )
+        write_json(self.model_dir / "summary.json", summary)
+        write_report(self.model_dir)
+
+    def finish(self) -> str:
+        """Writes the last policy to MODEL_DIR/policy, and returns the table of the run."""
+        trained = [phase.name for phase in self.phases if phase.kind in ("bc", "improve")]
+        last = [name for name in trained if self.result(name) is not None][-1]
+        checkpointer.save_params(self.model_dir / "policy", self.policy(last), dtype=self.config.policy_dtype)
+        summary = json.loads((self.model_dir / "summary.json").read_text(encoding="utf-8"))
+        return f"{format_table(summary)}\n\nReport: {self.model_dir / 'report.html'}"
 
     def _policy_mark(self, name: str) -> Path:
         return mark_path(self.model_dir, next(phase for phase in self.phases if phase.name == name))
@@ -281,18 +314,18 @@ class Runner:
             metrics_writer=self._writer,
             phase=phase.name,
             stop_requested=self._stop_requested,
+            preview=self._preview,
+            facts={"vocabulary_sha256": config.data.vocabulary.sha256, "reward": config.reward.name},
         )
-        store = ScoredStore.open(phase_directory(self.model_dir, phase.name))
-        thresholds = [
-            improve_lib.selection_report(improving=config.improving, store=store, improve_step=i + 1)
-            for i in range(config.improve_steps)
-        ]
-        grow_lib.update_statistics(
-            phase_directory(self.model_dir, phase.name), {**statistics, "thresholds": thresholds}
-        )
-        for report in thresholds:
+        for report in statistics["thresholds"]:
             progress.log_event(improve_lib.describe(report))
         return {key: statistics[key] for key in ("count", "distinct", "kept", "mean", "sources")}
+
+    def _preview(self, store: ScoredStore) -> list[dict[str, Any]]:
+        """What each Improve step would train on."""
+        steps = range(1, self.config.improve_steps + 1)
+        improving = self.config.improving
+        return [improve_lib.selection_report(improving=improving, store=store, improve_step=i) for i in steps]
 
     def _improve(self, phase: Phase, progress: ProgressLine) -> dict[str, Any]:
         assert phase.policy is not None

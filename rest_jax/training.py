@@ -246,6 +246,8 @@ def fit(
     )
     batches = plan.iterator(start_step=step)
     dropout_key = jax.random.key(seed)
+    progress.start(total=training.steps, done=step)
+    metrics_writer.resume(phase=phase, step=step)
     pending: list[dict[str, jax.Array]] = []  # Metrics of the steps since the last log line, still on the device.
 
     def save(*, reward: float | None) -> None:

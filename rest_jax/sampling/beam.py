@@ -97,7 +97,7 @@ def beam_decode(
 
         live_log_probs, chosen = jax.lax.top_k(jnp.where(ends, NEGATIVE_INFINITY, top), beam_size)
         parents = _choose(parents, chosen)
-        reorder = lambda leaf: jnp.take_along_axis(leaf, parents[None, :, :, None, None], axis=2)  # noqa: E731
+        reorder = lambda leaf: jnp.take_along_axis(leaf, parents[:, :, None, None, None], axis=1)  # noqa: E731
         return _Beams(
             position=beams.position + 1,
             live_tokens=_choose(extended, chosen),

@@ -31,7 +31,7 @@ class CrossAttention(NamedTuple):
 class Cache(NamedTuple):
     """Self-attention keys and values so far, per layer."""
 
-    keys: list[jax.Array]  # [max_length, batch, num_samples, H, K]
+    keys: list[jax.Array]  # [batch, num_samples, H, max_length, K]
     values: list[jax.Array]
 
 
@@ -70,7 +70,7 @@ def cross_attention(
 
 
 def empty_cache(config: t5.T5Config, *, max_length: int, batch: int, num_samples: int) -> Cache:
-    shape = (max_length, batch, num_samples, config.num_heads, config.head_dim)
+    shape = (batch, num_samples, config.num_heads, max_length, config.head_dim)
     zeros = [jnp.zeros(shape, config.dtype) for _ in range(config.num_decoder_layers)]
     return Cache(keys=zeros, values=list(zeros))
 
@@ -98,11 +98,11 @@ def decode_position(
     """
     decoder = params["decoder"]
     heads, size = config.num_heads, config.head_dim
-    max_length = cache.keys[0].shape[0]
+    max_length = cache.keys[0].shape[3]
     embedding = params["token_embedder"]["embedding"]
     x = jnp.take(embedding, tokens, axis=0).astype(config.dtype)  # [batch, num_samples, emb_dim]
 
-    bias = _self_attention_bias(decoder, config, position=position, max_length=max_length)  # [max_length, 1, 1, H]
+    bias = _self_attention_bias(decoder, config, position=position, max_length=max_length)  # [H, max_length]
     keys, values = [], []
     for layer in range(config.num_decoder_layers):
         block = decoder[f"layers_{layer}"]
@@ -112,15 +112,14 @@ def decode_position(
         query, key, value = (
             (y @ attention[name]["kernel"]).reshape(*tokens.shape, heads, size) for name in ("query", "key", "value")
         )
-        key = jax.lax.dynamic_update_slice_in_dim(cache.keys[layer], key[None], position, axis=0)
-        value = jax.lax.dynamic_update_slice_in_dim(cache.values[layer], value[None], position, axis=0)
+        key = jax.lax.dynamic_update_slice_in_dim(cache.keys[layer], key[..., None, :], position, axis=3)
+        value = jax.lax.dynamic_update_slice_in_dim(cache.values[layer], value[..., None, :], position, axis=3)
         keys.append(key)
         values.append(value)
-        # One query per sample: products with the cache are sums over the last axis, not matrix products.
-        scores = jnp.sum(query[None].astype(jnp.float32) * key.astype(jnp.float32), axis=-1)  # [max_length, B, N, H]
-        weights = jax.nn.softmax(scores + bias, axis=0)
-        context = jnp.sum(weights[..., None] * value.astype(jnp.float32), axis=0)  # [batch, num_samples, H, K]
-        x = x + context.astype(x.dtype).reshape(*tokens.shape, heads * size) @ attention["out"]["kernel"]
+        scores = jnp.einsum("bnhk,bnhtk->bnht", query, key, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores + bias, axis=-1).astype(x.dtype)
+        context = jnp.einsum("bnht,bnhtk->bnhk", weights, value)
+        x = x + context.reshape(*tokens.shape, heads * size) @ attention["out"]["kernel"]
 
         y = _norm(x, block["pre_cross_attention_layer_norm"]["scale"])
         attention = block["encoder_decoder_attention"]
@@ -146,7 +145,7 @@ def decode_position(
 
 
 def _self_attention_bias(decoder: Params, config: t5.T5Config, *, position: jax.Array, max_length: int) -> jax.Array:
-    """Relative-position bias of `position` against positions 0..max_length-1, `[max_length, 1, 1, H]`; later ones masked."""
+    """Relative-position bias of `position` against positions 0..max_length-1, `[H, max_length]`; later ones masked."""
     distances = np.arange(max_length)
     buckets = t5.relative_position_bucket(
         -distances,
@@ -155,10 +154,9 @@ def _self_attention_bias(decoder: Params, config: t5.T5Config, *, position: jax.
         max_distance=config.relative_attention_max_distance,
     )
     table = decoder["relpos_bias"]["rel_embedding"].astype(jnp.float32)  # [H, buckets]
-    by_distance = table.T[buckets]  # [max_length, H]
+    by_distance = table[:, buckets]  # [H, max_length]
     distance = position - distances
-    bias = jnp.where(distance[:, None] >= 0, by_distance[jnp.maximum(distance, 0)], NEGATIVE_INFINITY)
-    return bias[:, None, None, :]
+    return jnp.where(distance >= 0, by_distance[:, jnp.maximum(distance, 0)], NEGATIVE_INFINITY)
 
 
 def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
