@@ -93,7 +93,7 @@ class Percentile:
 class Interpolation:
     """Keeps R > gamma * max + (1 - gamma) * mean over that source's valid samples, 0 <= gamma < 1.
 
-    A source whose valid samples all have one reward keeps none.
+    A source whose valid samples all have one reward keeps none. Rewards lie in [0, 1].
     """
 
     gamma: float
@@ -104,11 +104,15 @@ class Interpolation:
     def __call__(self, rewards: jax.typing.ArrayLike, valid: jax.typing.ArrayLike) -> jax.Array:
         rewards, usable = _usable(rewards, valid)
         highest = jnp.max(jnp.where(usable, rewards, -jnp.inf), axis=1, keepdims=True)
-        # Distances below the maximum, not the rewards, are averaged: equal rewards then give exactly zero, where the
-        # rounded mean of the rewards could fall on either side of them.
-        below = jnp.where(usable, rewards - highest, 0.0)
-        count = jnp.maximum(jnp.sum(usable, axis=1, keepdims=True), 1)
-        return usable & (below > (1.0 - self.gamma) * (jnp.sum(below, axis=1, keepdims=True) / count))
+        # Distances below the maximum, in fixed point: sums of integers are the same in any order and on any device, and
+        # equal rewards give exactly zero.
+        bits = 30 - int(rewards.shape[1]).bit_length()
+        below = jnp.where(usable, jnp.clip(rewards - highest, -1.0, 0.0), 0.0)
+        steps = jnp.round(below * 2**bits).astype(jnp.int32)
+        count = jnp.sum(usable, axis=1, keepdims=True, dtype=jnp.int32)
+        total = jnp.sum(steps, axis=1, keepdims=True, dtype=jnp.int32)
+        # R - max > (1 - gamma) * (mean - max), times count.
+        return usable & ((steps * count).astype(jnp.float32) > (1.0 - self.gamma) * total.astype(jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,13 +134,18 @@ def f_score(
     Returns:
       float32 `[sources, num_samples]`, 0 where nothing matches.
     """
-    order = jnp.arange(matches.shape[0], dtype=jnp.int32)[:, None, None]
-    in_sample = jnp.maximum(sample_characters - order, 0)  # [char_order, sources, num_samples] n-grams
-    in_reference = jnp.maximum(reference_characters - order, 0)
-    effective = (in_sample > 0) & (in_reference > 0)
-    orders = jnp.maximum(jnp.sum(effective, axis=0), 1)
-    precision = jnp.sum(jnp.where(effective, matches / jnp.maximum(in_sample, 1), 0.0), axis=0) / orders
-    recall = jnp.sum(jnp.where(effective, matches / jnp.maximum(in_reference, 1), 0.0), axis=0) / orders
+    precision = recall = jnp.zeros(sample_characters.shape, jnp.float32)
+    orders = jnp.zeros(sample_characters.shape, jnp.int32)
+    # A score must not depend on its batch, bit for bit. So the orders are added one by one, not by a reduction whose
+    # order XLA chooses by shape; and the divisors are no broadcasts, which XLA may invert before it multiplies.
+    for shorter, matched in enumerate(matches):
+        in_sample = jnp.maximum(sample_characters - shorter, 0)  # n-grams
+        in_reference = jnp.maximum(reference_characters - shorter, 0)
+        effective = (in_sample > 0) & (in_reference > 0)  # else nothing matched
+        precision += matched / jnp.where(effective, in_sample, 1)
+        recall += matched / jnp.where(effective, in_reference, 1)
+        orders += effective
+    precision, recall = precision / jnp.maximum(orders, 1), recall / jnp.maximum(orders, 1)
     factor = beta**2
     weighted = factor * precision + recall
     return jnp.where(weighted > 0, (1 + factor) * precision * recall / jnp.where(weighted > 0, weighted, 1.0), 0.0)

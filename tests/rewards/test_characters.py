@@ -1,0 +1,99 @@
+"""Characters in the graph against SentencePiece's own decoding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rest_jax.data.vocabulary import SentencePieceVocabulary
+from rest_jax.rewards import characters
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def read(small_vocabulary: SentencePieceVocabulary):
+    """Token ids -> text without whitespace, through the graph."""
+    table = characters.character_table(small_vocabulary)
+    width = table.codes.shape[1] * LENGTH
+
+    @jax.jit
+    def run(tokens):
+        spelling = characters.spell(table, tokens)
+        return characters.characters(table, spelling, max_characters=width), spelling.num_characters
+
+    def texts(rows: list[list[int]]) -> list[str]:
+        tokens = np.zeros((len(rows), LENGTH), np.int32)
+        for target, row in zip(tokens, rows, strict=True):
+            target[: len(row)] = row
+        codes, lengths = jax.device_get(run(jnp.asarray(tokens)))
+        assert not any(row[length:].any() for row, length in zip(codes, lengths, strict=True))
+        return ["".join(map(chr, row[:length])) for row, length in zip(codes, lengths, strict=True)]
+
+    return texts
+
+
+def shown(vocabulary: SentencePieceVocabulary, tokens: list[int]) -> str:
+    return "".join(vocabulary.decode(tokens).split())
+
+
+def byte_ids(vocabulary: SentencePieceVocabulary, values: bytes) -> list[int]:
+    ids = {int(vocabulary.id_to_piece(i)[3:5], 16): i for i in range(vocabulary.vocab_size) if vocabulary.is_byte(i)}
+    return [ids[value] for value in values]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a",
+        " ",
+        "In the beginning God created",
+        "Größe",
+        "你好，世界",
+        "🙂 \U0001f469\u200d\U0001f467 e\u0301",
+        "a\u3000b\u00a0c\u2003d",
+        "▁ ▁▁",
+        "⁇",
+    ],
+)
+def test_text_survives(read, small_vocabulary, text):
+    tokens = small_vocabulary.encode(text)[:LENGTH]
+    assert read([tokens]) == [shown(small_vocabulary, tokens)]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        b"\x80", b"\xc3", b"\xc3\xa9", b"\xc3\xc3\xa9", b"\xe4\xbd\xa0", b"\xe4\xbd", b"\xbd\xa0\xe4",
+        b"\xf0\x9f\x99\x82", b"\xf0\x9f\x99", b"\xf0\x9f\x99\xf0\x9f\x99\x82", b"\xed\xa0\x80",
+        b"\xc0\x80", b"\xe0\x80\x80", b"\xf4\x90\x80\x80", b"\xff\xfe", b"a\n\xe2\x80\x83b",
+        b"\xef\xbf\xbd", b"\xe2\x96\x81", b"\xf0\x80\x80\x80",
+    ],
+)  # fmt: skip
+def test_byte_runs_read_as_sentencepiece_reads_them(read, small_vocabulary, values):
+    tokens = byte_ids(small_vocabulary, values)
+    assert read([tokens]) == [shown(small_vocabulary, tokens)]
+
+
+def test_text_ends_at_the_first_eos(read, small_vocabulary):
+    first, second = small_vocabulary.encode("light"), small_vocabulary.encode("darkness")
+    assert read([[*first, 1, *second, 1]]) == ["light"]
+    assert read([[1, *second]]) == [""]
+
+
+def test_ids_outside_of_the_vocabulary_read_as_unknown(read, small_vocabulary):
+    unknown = shown(small_vocabulary, [small_vocabulary.unk_id])
+    assert unknown
+    assert read([[2], [small_vocabulary.vocab_size], [10**6], [-1]]) == [unknown] * 4
+
+
+@given(data=st.data())
+def test_any_tokens_read_as_decoded(read, small_vocabulary, data):
+    # Bytes are drawn as often as everything else together, else few runs would come out.
+    bytes_first = [i for i in range(small_vocabulary.vocab_size) if small_vocabulary.is_byte(i)]
+    token = st.sampled_from(bytes_first) | st.integers(2, small_vocabulary.vocab_size - 1)
+    rows = data.draw(st.lists(st.lists(token, max_size=LENGTH), min_size=8, max_size=8))
+    assert read(rows) == [shown(small_vocabulary, row) for row in rows]
