@@ -6,6 +6,7 @@ functions here unevaluated: `OPTIMIZER = @optimizers.adamw`, `LEARNING_RATE = @o
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -52,7 +53,7 @@ def rsqrt(peak: float, total_steps: int, *, warmup_steps: int = 4000) -> optax.S
     del total_steps
     warm = max(warmup_steps, 1)
 
-    def schedule(step):
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         return peak * jnp.minimum((step + 1) / warm, jnp.sqrt(warm / (step + 1)))
 
     return schedule

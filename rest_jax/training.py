@@ -107,7 +107,7 @@ def train_step(
     """
     step_key = jax.random.fold_in(dropout_key, state.step)
 
-    def summed_gradient(part: Mapping[str, jax.Array], key: jax.Array):
+    def summed_gradient(part: Mapping[str, jax.Array], key: jax.Array) -> tuple[Params, dict[str, jax.Array]]:
         loss_fn = lambda params: objective(model, params, part, key)  # noqa: E731
         (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         return gradient, metrics
@@ -115,13 +115,13 @@ def train_step(
     if microbatches == 1:
         gradient, metrics = summed_gradient(batch, step_key)
     else:
-        # [batch, ...] -> [microbatches, batch / microbatches, ...], a stride apart so that each slice spans all devices.
+        # [batch, ...] -> [microbatches, batch / microbatches, ...], strided, so that each slice spans all devices.
         parts = {k: v.reshape(-1, microbatches, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
         keys = jax.random.split(step_key, microbatches)
         shapes = jax.eval_shape(summed_gradient, {k: v[0] for k, v in parts.items()}, keys[0])
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-        def accumulate(total, part_and_key):
+        def accumulate(total: Any, part_and_key: tuple[dict[str, jax.Array], jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, summed_gradient(*part_and_key)), None
 
         (gradient, metrics), _ = jax.lax.scan(accumulate, zeros, (parts, keys))
@@ -140,7 +140,9 @@ def compile_train_step(
     optimizer = training.optimizer(training.schedule(training.learning_rate, training.steps))
     shardings = partitioner.param_shardings(abstract_state)
 
-    def step(state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array):
+    def step(
+        state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         return train_step(
             state,
             batch,
@@ -247,7 +249,8 @@ def fit(
     batches = plan.iterator(start_step=step)
     dropout_key = jax.random.key(seed)
     progress.start(total=training.steps, done=step)
-    metrics_writer.resume(phase=phase, step=step)
+    # Lines of a phase that left no checkpoint are all written again, those of step 0 too.
+    metrics_writer.resume(phase=phase, step=-1 if latest is None else step)
     pending: list[dict[str, jax.Array]] = []  # Metrics of the steps since the last log line, still on the device.
 
     def save(*, reward: float | None) -> None:
@@ -258,8 +261,9 @@ def fit(
         with progress.paused():
             reward = mean_reward(state.params)
             history.append((step, reward))
+            # Before the checkpoint: a run killed between the two writes this line again, rather than never.
+            metrics_writer.write(phase=phase, step=step, scalars={"eval/reward": reward})
             save(reward=reward)
-        metrics_writer.write(phase=phase, step=step, scalars={"eval/reward": reward})
         progress.log_event(f"step {step} | mean reward on D_eval {reward:.4f}")
 
     def flush() -> None:
@@ -303,15 +307,16 @@ def fit(
             pending.append(metrics)
             step += 1
             at_end = step == training.steps
-            if step % training.log_period == 0 or at_end or stop_requested():
+            stopping = stop_requested()  # Asked once a step: a signal that comes later must find a saved step first.
+            if step % training.log_period == 0:
                 flush()
             if step % training.eval_period == 0 or at_end:
                 flush()
                 measure()
-            elif step % training.checkpoint_period == 0 or stop_requested():
+            elif step % training.checkpoint_period == 0 or stopping:
                 flush()
                 save(reward=None)
-            if stop_requested():
+            if stopping:
                 raise Preempted(f"{phase}: stopped at step {step}; everything is saved.")
         if not history:
             measure()

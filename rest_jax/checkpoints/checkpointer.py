@@ -27,12 +27,15 @@ STATE_ITEM = "state"
 class PhaseCheckpoints:
     """The checkpoints of one training phase: the newest, to resume from, and the one with the best reward.
 
-    A save is complete or absent: Orbax writes to a temporary name and renames.
+    Of equal rewards the earliest step is the best. A save is complete or absent: Orbax writes to a temporary name and renames.
     """
 
     def __init__(self, directory: Path):
+        # Of equal rewards the earliest step, which BestN, left to itself, would be the first to delete.
         best = checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: metrics["reward"], n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=lambda metrics: (metrics["reward"], -metrics["step"]),
+            n=1,
+            keep_checkpoints_without_metrics=False,
         )
         newest = checkpoint_managers.LatestN(n=1)
         self._manager = ocp.CheckpointManager(
@@ -57,7 +60,7 @@ class PhaseCheckpoints:
             args=ocp.args.Composite(
                 **{STATE_ITEM: ocp.args.StandardSave(tree), "progress": ocp.args.JsonSave(dict(progress))}
             ),
-            metrics=None if reward is None else {"reward": reward},
+            metrics=None if reward is None else {"reward": reward, "step": step},
             force=True,
         )
 
