@@ -168,7 +168,10 @@ class Runner:
             check_schedule(config.improving.schedule, improve_steps=config.improve_steps)
         for name, size in (
             ("BATCH_SIZE", config.bc.batch_size // config.bc.microbatches),
-            ("Improving.training.batch_size", config.improving.training.batch_size),
+            (
+                "Improving.training.batch_size",
+                config.improving.training.batch_size // config.improving.training.microbatches,
+            ),
             ("Growing.sampling.sources_per_chunk", config.growing.sampling.sources_per_chunk),
             ("Evaluation.sampling.sources_per_chunk", config.evaluation.sampling.sources_per_chunk),
         ):

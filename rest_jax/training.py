@@ -153,12 +153,21 @@ def compile_train_step(
             microbatches=training.microbatches,
         )
 
-    return jax.jit(
+    jitted = jax.jit(
         step,
         in_shardings=(shardings, partitioner.batch_sharding(), partitioner.replicated()),
         out_shardings=(shardings, partitioner.replicated()),
         donate_argnums=0,
     )
+
+    def run(
+        state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        # Around the call, not inside the traced function: JAX takes the mesh from outside of jit.
+        with partitioner.activation_rules():
+            return jitted(state, batch, key)
+
+    return run
 
 
 def initial_state(*, training: Training, params: Params, partitioner: Partitioner) -> TrainState:
