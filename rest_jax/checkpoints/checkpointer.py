@@ -27,7 +27,8 @@ STATE_ITEM = "state"
 class PhaseCheckpoints:
     """The checkpoints of one training phase: the newest, to resume from, and the one with the best reward.
 
-    Of equal rewards the earliest step is the best. A save is complete or absent: Orbax writes to a temporary name and renames.
+    Of equal rewards the earliest step is the best. A save is complete or absent: Orbax writes to a temporary name and
+    renames.
     """
 
     def __init__(self, directory: Path):
