@@ -80,6 +80,11 @@ class GrownSource(seqio.FunctionDataSource):
         del split
         self._select()
 
+    def files(self, split: str) -> tuple[str, ...]:
+        """What `fingerprint` reads."""
+        del split
+        return (os.path.join(self._directory, DONE_FILE),)
+
     def _read(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del split, shuffle_files, seed
         rows = self._select()

@@ -38,6 +38,10 @@ class TextSplit(Protocol):
         """Raises UserError for faults that can be found without a download."""
         ...
 
+    def files(self) -> tuple[str, ...]:
+        """The files that the pairs are read from, where they may change; none where the name carries a version."""
+        ...
+
 
 class TextSource(seqio.FunctionDataSource):
     """A seqio source whose splits may come from different places."""
@@ -51,6 +55,9 @@ class TextSource(seqio.FunctionDataSource):
 
     def check(self, split: str) -> None:
         self._text_splits[split].check()
+
+    def files(self, split: str) -> tuple[str, ...]:
+        return self._text_splits[split].files()
 
     def _read(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # The order is part of the contract: a row's number is its source id.
@@ -86,6 +93,9 @@ class TextFiles:
             lines = _check_aligned(*self.paths)
         if not lines:
             raise UserError(f"{self.paths[0]}: the corpus is empty; give text with at least one pair")
+
+    def files(self) -> tuple[str, ...]:
+        return self.paths
 
     def dataset(self) -> tf.data.Dataset:
         # TensorFlow can neither say in which line it failed nor that text is not UTF-8, so Python reads the file first.
@@ -125,6 +135,9 @@ class TfdsSplit:
     def check(self) -> None:
         """Nothing: even to look at the set may download it."""
 
+    def files(self) -> tuple[str, ...]:
+        return ()
+
     def dataset(self) -> tf.data.Dataset:
         try:
             pairs = tfds.load(self.name, split=self.split, shuffle_files=False)
@@ -155,6 +168,9 @@ class SacrebleuTestSet:
 
     def check(self) -> None:
         """Nothing: to look at the set may download it."""
+
+    def files(self) -> tuple[str, ...]:
+        return ()
 
     def dataset(self) -> tf.data.Dataset:
         return self._files().dataset()

@@ -132,6 +132,23 @@ def tokenize_task(
     return directory
 
 
+def provenance(name: str, *, split: str, module_imports: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """What the rows of a split are made from, for those who must notice a change without seqio.
+
+    Returns:
+      Files that are read (none where the source does not say), and names of the modules of sources and preprocessors.
+    """
+    files, modules = [], set()
+    for subtask in seqio.get_subtasks(get_task(name, module_imports=module_imports)):
+        listed = getattr(subtask.source, "files", None)
+        files += listed(split) if listed is not None else []
+        modules.add(type(subtask.source).__module__)
+        for step in subtask.preprocessors:
+            inner = step.func if isinstance(step, functools.partial) else step
+            modules.add(getattr(inner, "__module__", type(inner).__module__))
+    return files, sorted(modules)
+
+
 def task_text_pairs(
     name: str, *, split: str = "train", module_imports: Sequence[str] = ()
 ) -> Iterator[tuple[str, str]]:
