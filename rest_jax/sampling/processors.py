@@ -21,7 +21,8 @@ class LogitProcessing:
     Attributes:
       temperature: logits are divided by it; the paper uses 0.8. 0 means greedy: the most probable token.
       top_k: keep the k most probable tokens (ties with the k-th are kept too); 0 keeps all.
-      top_p: keep the smallest set of most probable tokens whose probability reaches p (Holtzman et al. 2020); 1 keeps all.
+      top_p: keep the smallest set of most probable tokens whose probability reaches p (Holtzman et al. 2020), and ties
+        with its least probable; 1 keeps all.
       epsilon: drop tokens less probable than this (Hewitt et al. 2022), never the most probable; 0 keeps all.
     """
 
@@ -63,7 +64,7 @@ class LogitProcessing:
 
 
 def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
-    """One token per row by inverting the cumulative distribution: exact, with one random number instead of one per token.
+    """One token per row by inverting the cumulative distribution: exact, and with one random number a row.
 
     The sum runs over blocks first and then inside the chosen block, so the cost is one pass over the vocabulary.
 
@@ -79,17 +80,24 @@ def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.pad(weights, [(0, 0)] * len(rows) + [(0, blocks * _BLOCK - vocab)])
     weights = weights.reshape(*rows, blocks, _BLOCK)
-    block_ends = jnp.cumsum(jnp.sum(weights, axis=-1), axis=-1)  # [..., blocks]
-    total = block_ends[..., -1]
+    sums = jnp.sum(weights, axis=-1)  # [..., blocks]
+    block_ends = _ends(sums)
+    total = jnp.max(block_ends, axis=-1)
     target = _below(uniform * total, total)
-    block = jnp.argmax(block_ends > target[..., None], axis=-1)  # first block whose end lies past the target
-    chosen = jnp.take_along_axis(weights, block[..., None, None], axis=-2)[..., 0, :]  # [..., _BLOCK]
-    before = jnp.where(
-        block > 0, jnp.take_along_axis(block_ends, jnp.maximum(block - 1, 0)[..., None], -1)[..., 0], 0.0
-    )
-    ends = jnp.cumsum(chosen, axis=-1)
-    inside = jnp.argmax(ends > _below(target - before, ends[..., -1])[..., None], axis=-1)
-    return (block * _BLOCK + inside).astype(jnp.int32)
+    block = jnp.argmax(block_ends > target[..., None], axis=-1)[..., None]  # first block whose end lies past the target
+    before = jnp.take_along_axis(block_ends - sums, block, axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(weights, block[..., None], axis=-2)[..., 0, :]  # [..., _BLOCK]
+    ends = _ends(chosen)
+    inside = jnp.argmax(ends > _below(target - before, jnp.max(ends, axis=-1))[..., None], axis=-1)
+    return (block[..., 0] * _BLOCK + inside).astype(jnp.int32)
+
+
+def _ends(weights: jax.Array) -> jax.Array:
+    """Running sums, negative where the weight is zero.
+
+    A parallel sum groups its terms differently at each place, so it can rise, by rounding, where nothing was added.
+    """
+    return jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), -1.0)
 
 
 def _below(value: jax.Array, limit: jax.Array) -> jax.Array:
