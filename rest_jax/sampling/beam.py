@@ -1,4 +1,4 @@
-"""Beam search on the incremental decoder, with GNMT's length penalty (Wu et al. 2016, arXiv 1609.08144, equation 14)."""
+"""Beam search on the incremental decoder, with GNMT's length penalty (Wu et al. 2016, arXiv 1609.08144, eq. 14)."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -61,7 +61,8 @@ def beam_decode(
     batch = encoder_input_tokens.shape[0]
     params = decoder.cast_params(params, config.dtype)
     cross = decoder.cross_attention(params, config, encoded=encoded, encoder_input_tokens=encoder_input_tokens)
-    legal = legal_tokens(config.vocab_size, vocab_size)
+    embedding_size = params["token_embedder"]["embedding"].shape[0]
+    legal = legal_tokens(embedding_size, vocab_size)
     real = jnp.any(encoder_input_tokens > 0, axis=-1)
     best_possible_penalty = length_penalty(max_length, alpha)
 
@@ -84,7 +85,7 @@ def beam_decode(
         candidates = beams.live_log_probs[:, :, None] + log_probs  # [batch, beam, vocab]
         # 2 * beam candidates hold at least `beam` that do not end: each beam has one EOS.
         top, flat = jax.lax.top_k(candidates.reshape(batch, -1), 2 * beam_size)  # [batch, 2 * beam]
-        parents, tokens = flat // config.vocab_size, (flat % config.vocab_size).astype(jnp.int32)
+        parents, tokens = flat // embedding_size, (flat % embedding_size).astype(jnp.int32)
         extended = jnp.take_along_axis(beams.live_tokens, parents[:, :, None], axis=1)
         extended = jax.lax.dynamic_update_slice_in_dim(extended, tokens[:, :, None], beams.position, axis=2)
         ends = tokens == EOS_ID

@@ -122,7 +122,7 @@ def decode_samples(
     batch, num_samples = keys.shape
     params = decoder.cast_params(params, config.dtype)
     cross = decoder.cross_attention(params, config, encoded=encoded, encoder_input_tokens=encoder_input_tokens)
-    legal = legal_tokens(config.vocab_size, vocab_size)
+    legal = legal_tokens(params["token_embedder"]["embedding"].shape[0], vocab_size)
 
     def unfinished(loop: _Loop) -> jax.Array:
         return (loop.position < max_length) & ~jnp.all(loop.ended)
