@@ -223,13 +223,11 @@ class Runner:
             result = getattr(self, f"_{phase.kind}")(phase, self._progress(phase))
             write_json(mark, {"name": phase.name, **result, "seconds": round(time.monotonic() - started, 2)})
             if phase.kind == "evaluate":
-                self._report()
+                self._summarise(num_resamples=0)
         self._writer.close()
 
-    def _report(self) -> None:
-        """Brings summary.json, report.html and policy/ up to date with what is finished."""
-        if jax.process_index() != 0:
-            return
+    def _summarise(self, *, num_resamples: int) -> dict[str, Any]:
+        """Brings summary.json up to date with what is finished; comparisons only with resamples, as they take seconds."""
         results = {phase.name: result for phase in self.phases if (result := self.result(phase.name)) is not None}
         facts = {
             "task": self.config.data.task,
@@ -239,20 +237,21 @@ class Runner:
         summary = summarise(
             self.model_dir,
             results,
-            num_resamples=self.config.evaluation.bootstrap_resamples,
+            num_resamples=num_resamples,
             seed=self.config.seed,
             facts=facts,
         )
         write_json(self.model_dir / "summary.json", summary)
-        write_report(self.model_dir)
+        return summary
 
     def finish(self) -> str:
-        """Writes the last policy to MODEL_DIR/policy, and returns the table of the run."""
+        """Writes the last policy to MODEL_DIR/policy, the comparisons and the report, and returns the table of the run."""
         trained = [phase.name for phase in self.phases if phase.kind in ("bc", "improve")]
         last = [name for name in trained if self.result(name) is not None][-1]
         checkpointer.save_params(self.model_dir / "policy", self.policy(last), dtype=self.config.policy_dtype)
-        summary = json.loads((self.model_dir / "summary.json").read_text(encoding="utf-8"))
-        return f"{format_table(summary)}\n\nReport: {self.model_dir / 'report.html'}"
+        summary = self._summarise(num_resamples=self.config.evaluation.bootstrap_resamples)
+        report = write_report(self.model_dir)
+        return f"{format_table(summary)}\n\nReport: {report}"
 
     def _policy_mark(self, name: str) -> Path:
         return mark_path(self.model_dir, next(phase for phase in self.phases if phase.name == name))

@@ -17,14 +17,19 @@ VERSIONS_OF = ("rest_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 
 def summarise(
-    model_dir: Path, results: Mapping[str, Mapping[str, Any]], *, num_resamples: int, seed: int, facts: Mapping[str, Any]
+    model_dir: Path,
+    results: Mapping[str, Mapping[str, Any]],
+    *,
+    num_resamples: int,
+    seed: int,
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of summary.json.
 
     Args:
       model_dir: the run's directory, with `eval/` in it.
       results: phase name -> its commit mark, of finished phases in order.
-      num_resamples, seed: of the paired bootstrap.
+      num_resamples, seed: of the paired bootstrap; 0 for no comparisons.
       facts: further entries.
 
     Returns:
@@ -37,7 +42,9 @@ def summarise(
     config = model_dir / "config.gin"
     return {
         "phases": phases,
-        "comparisons": _comparisons(model_dir / "eval", phases, num_resamples=num_resamples, seed=seed),
+        "comparisons": _comparisons(model_dir / "eval", phases, num_resamples=num_resamples, seed=seed)
+        if num_resamples
+        else [],
         "signatures": signatures,
         "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
