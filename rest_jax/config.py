@@ -16,6 +16,7 @@ from typing import Any
 
 import gin
 from gin import config as gin_config
+
 from rest_jax import paths
 from rest_jax.errors import UserError
 

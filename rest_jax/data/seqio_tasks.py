@@ -138,7 +138,8 @@ def provenance(name: str, *, split: str, module_imports: Sequence[str] = ()) -> 
     Returns:
       Files that are read (none where the source does not say), and names of the modules of sources and preprocessors.
     """
-    files, modules = [], set()
+    files: list[str] = []
+    modules: set[str] = set()
     for subtask in seqio.get_subtasks(get_task(name, module_imports=module_imports)):
         listed = getattr(subtask.source, "files", None)
         files += listed(split) if listed is not None else []
