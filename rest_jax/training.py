@@ -1,6 +1,7 @@
 """The train step and the loop around it. BC, its long control and every Improve step are this loop on other data."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ class Training:
       steps: gradient steps at most.
       batch_size: rows of a batch over all devices. With packing a row holds several pairs.
       learning_rate: peak of the schedule.
-      schedule: `(peak, total_steps) -> optax schedule`.
+      schedule: `(peak, total_steps) -> optax schedule`, proportional to its peak.
       optimizer: `(schedule) -> optax optimiser`.
       objective: what is minimised.
       microbatches: a batch's gradient is accumulated over this many equal parts.
@@ -129,56 +130,64 @@ def train_step(
     gradient = jax.tree.map(lambda g: g / jnp.maximum(metrics["weight_sum"], 1.0), gradient)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {**metrics, "grad_norm": optax.global_norm(gradient)}
+    metrics = {**metrics, "grad_norm": optax.tree.norm(gradient)}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
-def compile_train_step(
-    *, training: Training, model: Any, partitioner: Partitioner, abstract_state: TrainState
-) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """`train_step` under jit with the mesh's shardings; the old state's memory is reused."""
-    optimizer = training.optimizer(training.schedule(training.learning_rate, training.steps))
-    shardings = partitioner.param_shardings(abstract_state)
-
-    def step(
-        state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        return train_step(
-            state,
-            batch,
-            key,
-            model=model,
-            objective=training.objective,
-            optimizer=optimizer,
-            microbatches=training.microbatches,
-        )
-
-    jitted = jax.jit(
-        step,
-        in_shardings=(shardings, partitioner.batch_sharding(), partitioner.replicated()),
-        out_shardings=(shardings, partitioner.replicated()),
-        donate_argnums=0,
+@functools.partial(jax.jit, static_argnames=("training", "model", "partitioner"), donate_argnums=0)
+def _placed_step(
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    dropout_key: jax.Array,
+    learning_rate: jax.Array,
+    *,
+    training: Training,
+    model: Any,
+    partitioner: Partitioner,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """`train_step` with the peak of the schedule as an argument; see `compile_train_step`."""
+    state, metrics = train_step(
+        state,
+        batch,
+        dropout_key,
+        model=model,
+        objective=training.objective,
+        optimizer=_optimizer(training, learning_rate),
+        microbatches=training.microbatches,
     )
+    return jax.lax.with_sharding_constraint(state, partitioner.param_shardings(state)), metrics
 
-    def run(
-        state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        # Around the call, not inside the traced function: JAX takes the mesh from outside of jit.
-        with partitioner.activation_rules():
-            return jitted(state, batch, key)
 
-    return run
+def compile_train_step(
+    *, training: Training, model: Any, partitioner: Partitioner
+) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """`train_step` under jit with the mesh's shardings; the old state's memory is reused.
+
+    Phases that differ in their learning rate alone, as Improve steps do, share one compiled program.
+    """
+    return functools.partial(
+        _placed_step,
+        learning_rate=np.float32(training.learning_rate),
+        training=dataclasses.replace(training, learning_rate=1.0),
+        model=model,
+        partitioner=partitioner,
+    )
 
 
 def initial_state(*, training: Training, params: Params, partitioner: Partitioner) -> TrainState:
     """A state at step 0 around `params`, on the mesh."""
-    optimizer = training.optimizer(training.schedule(training.learning_rate, training.steps))
+    optimizer = _optimizer(training, training.learning_rate)
 
     def init(params: Params) -> TrainState:
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
     shardings = partitioner.param_shardings(jax.eval_shape(init, params))
     return jax.jit(init, out_shardings=shardings)(params)
+
+
+def _optimizer(training: Training, learning_rate: jax.typing.ArrayLike) -> optax.GradientTransformation:
+    shape = training.schedule(1.0, training.steps)
+    return training.optimizer(lambda step: learning_rate * shape(step))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,7 +255,7 @@ def fit(
         state = TrainState.from_t5x(tree)
         step, tokens, history = latest, saved["tokens"], [(int(s), float(r)) for s, r in saved["history"]]
 
-    step_fn = compile_train_step(training=training, model=model, partitioner=partitioner, abstract_state=abstract)
+    step_fn = compile_train_step(training=training, model=model, partitioner=partitioner)
     plan = BatchPlan(
         mixture,
         batch_size=training.batch_size,
