@@ -19,7 +19,9 @@ from rest_jax.evaluation.significance import paired_bootstrap
 from rest_jax.reporting.progress import format_duration
 from rest_jax.reporting.run_files import CONTROL, is_grow, phase_label
 
-_DPI = 170
+# Inches: small, so that text is readable where the page shows a plot at half its width.
+_WIDTH = 5.4
+_DPI = 180
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,13 +101,13 @@ def reward_by_phase(
     }
 
     def draw(theme: Theme) -> Figure:
-        figure, (axes,) = _figure(theme, size=(6.4, 3.6))
+        figure, (axes,) = _figure(theme, size=(_WIDTH, 3.6))
         colors = phase_colors(names, theme)
         if CONTROL in names:
             # The bar to clear: a gain below it may only be longer training.
             axes.axhline(means[names.index(CONTROL)], color=theme.control, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         path = [i for i, name in enumerate(names) if name != CONTROL]
-        axes.plot(path, [means[i] for i in path], color=theme.grid, linewidth=2, zorder=1)
+        axes.plot(path, [means[i] for i in path], color=theme.muted, alpha=0.45, linewidth=1.6, zorder=1)
         for i, (name, mean) in enumerate(zip(names, means, strict=True)):
             low, high = intervals.get(name, (mean, mean))
             axes.errorbar(
@@ -143,7 +145,7 @@ def reward_histograms(grows: Mapping[int, Mapping[str, Any]]) -> Draw:
     def draw(theme: Theme) -> Figure:
         columns = min(len(grows), 2)
         rows = math.ceil(len(grows) / columns)
-        figure, all_axes = _figure(theme, size=(6.4, 2.9 * rows + 0.3), rows=rows, columns=columns, share=True)
+        figure, all_axes = _figure(theme, size=(_WIDTH, 2.6 * rows + 0.3), rows=rows, columns=columns, share=True)
         for (step, stats), axes, color in zip(sorted(grows.items()), all_axes, _cycle(theme.grows), strict=False):
             counts = np.asarray(stats["histogram"], np.float64)
             edges = np.linspace(0.0, 1.0, counts.size + 1)
@@ -153,15 +155,14 @@ def reward_histograms(grows: Mapping[int, Mapping[str, Any]]) -> Draw:
             top = max(float(share.max()), 1e-9)
             axes.axvline(stats["mean"], color=theme.ink, linewidth=1.2)
             _vertical_label(axes, stats["mean"], 1.0, f"mean {stats['mean']:.3f}", color=theme.ink, side="left")
-            for threshold in _with_tau(stats):
-                axes.axvline(threshold["tau"], color=theme.control, linewidth=1.2, linestyle=(0, (4, 2)))
-                text = f"τ{threshold['improve_step']} = {threshold['tau']:.3f}"
-                _vertical_label(axes, threshold["tau"], 1.0, text, color=theme.control, side="right")
-            axes.set_ylim(0, 1.06 * top)
+            for x, text, style in _threshold_lines(stats):
+                axes.axvline(x, color=theme.control, linewidth=1.2, linestyle=style)
+                _vertical_label(axes, x, 1.0, text, color=theme.control, side="right")
+            axes.set_ylim(0, 1.6 * top)  # Head room, so that the labels stand above the bars.
             # The tails of a reward are long and empty; nothing is cut that holds more than one sample in a thousand.
             occupied = np.flatnonzero(share >= 0.1)
             last = edges[occupied[-1] + 1] if occupied.size else 1.0
-            axes.set_xlim(0, min(1.0, max([last, *(t["tau"] for t in _with_tau(stats))]) + 0.05))
+            axes.set_xlim(0, min(1.0, max([last, *(x for x, _, _ in _threshold_lines(stats))]) + 0.06))
             axes.set_title(f"Grow {step}", color=theme.ink, fontsize=10, loc="left")
             axes.set_xlabel("reward")
         all_axes[0].set_ylabel("% of samples per bin of 0.01")
@@ -176,22 +177,21 @@ def kept_share(grows: Mapping[int, Mapping[str, Any]]) -> Draw:
     """Which share of a Grow step's samples lies above each threshold, and the thresholds that were used."""
 
     def draw(theme: Theme) -> Figure:
-        figure, (axes,) = _figure(theme, size=(6.4, 3.4))
+        figure, (axes,) = _figure(theme, size=(_WIDTH, 3.4))
         for (step, stats), color in zip(sorted(grows.items()), _cycle(theme.grows), strict=False):
             share = 100.0 * np.asarray(stats["kept_by_threshold"], np.float64) / max(stats["count"], 1)
             taus = np.linspace(0.0, 1.0, share.size)
-            axes.plot(taus, share, color=color, linewidth=1.8, label=f"Grow {step}")
-            for threshold in _with_tau(stats):
-                value = float(np.interp(threshold["tau"], taus, share))
-                axes.plot(threshold["tau"], value, "o", color=color, markersize=6)
-                axes.annotate(
-                    f"τ{threshold['improve_step']}  {value:.0f} %",
-                    (threshold["tau"], value),
-                    xytext=(7, 4),
-                    textcoords="offset points",
-                    color=color,
-                    fontsize=8.5,
-                )
+            axes.plot(taus, share, color=color, linewidth=1.8)
+            used = [(t, float(np.interp(t["tau"], taus, share))) for t in _with_tau(stats)]
+            axes.plot([t["tau"] for t, _ in used], [value for _, value in used], "o", color=color, markersize=6)
+            labels = [f"τ{t['improve_step']} {value:.1f} %" for t, value in used]
+            labels += [
+                f"I{t['improve_step']} {100 * t['pairs'] / stats['count']:.1f} %"
+                for t in stats.get("thresholds", ())
+                if t.get("tau") is None and t.get("pairs") is not None
+            ]
+            label = f"Grow {step}: {', '.join(labels)}" if labels else f"Grow {step}"
+            axes.plot([], [], color=color, marker="o" if used else None, label=label)
         axes.set_xlabel("threshold τ")
         axes.set_ylabel("% of samples with reward > τ")
         axes.set_xlim(0, 1)
@@ -206,7 +206,7 @@ def metrics_against_reward(policies: Sequence[Mapping[str, Any]]) -> Draw:
     """Test BLEU and chrF against the reward that was optimised: they should rise together."""
 
     def draw(theme: Theme) -> Figure:
-        figure, panels = _figure(theme, size=(6.4, 3.2), columns=2)
+        figure, panels = _figure(theme, size=(_WIDTH, 3.2), columns=2)
         names = [phase["name"] for phase in policies]
         colors = phase_colors(names, theme)
         for axes, (key, label) in zip(panels, (("bleu", "BLEU"), ("chrf", "chrF")), strict=True):
@@ -216,14 +216,14 @@ def metrics_against_reward(policies: Sequence[Mapping[str, Any]]) -> Draw:
                 if phase.get("reward") is not None and phase.get(key) is not None
             }
             path = [point for name, point in points.items() if name != CONTROL]
-            axes.plot(*zip(*path, strict=True), color=theme.grid, linewidth=2, zorder=1)
+            axes.plot(*zip(*path, strict=True), color=theme.muted, alpha=0.45, linewidth=1.6, zorder=1)
             for name, (x, y) in points.items():
                 axes.plot(x, y, "D" if name == CONTROL else "o", color=colors[name], markersize=7, zorder=3)
             _label_points(axes, points, theme)
-            axes.margins(x=0.22, y=0.18)
+            axes.margins(x=0.24, y=0.18)
             axes.set_xlabel("mean reward on D_eval")
             axes.set_title(f"test {label}", color=theme.ink, fontsize=10, loc="left")
-            axes.locator_params(axis="x", nbins=5)
+            axes.locator_params(axis="x", nbins=4)
         return figure
 
     return draw
@@ -234,7 +234,7 @@ def best_of_n(sample_rewards: Mapping[str, npt.NDArray[np.float64]]) -> Draw:
     curves = {name: best_of_n_curve(rewards) for name, rewards in sample_rewards.items()}
 
     def draw(theme: Theme) -> Figure:
-        figure, (axes,) = _figure(theme, size=(6.4, 3.6))
+        figure, (axes,) = _figure(theme, size=(_WIDTH, 3.6))
         colors = phase_colors(list(curves), theme)
         for name, curve in curves.items():
             n = np.arange(1, curve.size + 1)
@@ -269,11 +269,12 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Draw | None:
         return None
 
     def draw(theme: Theme) -> Figure:
-        panels = [(losses, "training loss per target token")]
-        panels += [(rewards, "mean reward on D_eval while training")] if rewards else []
-        figure, all_axes = _figure(theme, size=(6.4, 3.2), columns=len(panels))
+        panels = [(losses, "loss per target token")]
+        panels += [(rewards, "reward on D_eval")] if rewards else []
+        figure, all_axes = _figure(theme, size=(_WIDTH, 3.2), columns=len(panels))
+        # One colour per phase in both panels, also where a phase has logged only one of the two.
+        colors = phase_colors(list(dict.fromkeys(line["phase"] for line in metrics)), theme)
         for axes, (series, title) in zip(all_axes, panels, strict=True):
-            colors = phase_colors(list(series), theme)
             for name, (steps, values) in series.items():
                 style = (0, (4, 2)) if name == CONTROL else "-"
                 marker = "o" if len(steps) <= 12 else None
@@ -300,7 +301,7 @@ def time_by_phase(phases: Sequence[Mapping[str, Any]]) -> Draw:
     timed = [phase for phase in phases if phase.get("seconds")]
 
     def draw(theme: Theme) -> Figure:
-        figure, (axes,) = _figure(theme, size=(6.4, 0.34 * len(timed) + 0.9))
+        figure, (axes,) = _figure(theme, size=(_WIDTH, 0.34 * len(timed) + 0.9))
         colors = phase_colors([phase["name"] for phase in timed], theme)
         for row, phase in enumerate(timed):
             color = theme.grows[0] if is_grow(phase["name"]) else colors[phase["name"]]
@@ -363,19 +364,38 @@ def _vertical_label(axes: Axes, x: float, y: float, text: str, *, color: str, si
 
 
 def _label_points(axes: Axes, points: Mapping[str, tuple[float, float]], theme: Theme) -> None:
-    """Names beside points; neighbours in height take turns above and below, so that close points stay readable."""
-    for rank, (name, point) in enumerate(sorted(points.items(), key=lambda item: item[1][0])):
-        above = rank % 2 == 0
+    """Names beside points. BC and its control lie close: one to the left, one to the right; the others take turns."""
+    sides = {"left": ((-8, 0), "right", "center"), "right": ((8, 0), "left", "center")}
+    sides |= {"above": ((-5, 5), "right", "bottom"), "below": ((5, -5), "left", "top")}
+    turns = 0
+    for name, point in sorted(points.items(), key=lambda item: item[1][0]):
+        side = {"bc": "left", CONTROL: "right"}.get(name)
+        if side is None:
+            side = ("above", "below")[turns % 2]
+            turns += 1
+        offset, horizontal, vertical = sides[side]
         axes.annotate(
             phase_label(name),
             point,
-            xytext=(0, 7 if above else -7),
+            xytext=offset,
             textcoords="offset points",
-            ha="center",
-            va="bottom" if above else "top",
+            ha=horizontal,
+            va=vertical,
             color=theme.ink,
             fontsize=8,
         )
+
+
+def _threshold_lines(stats: Mapping[str, Any]) -> list[tuple[float, str, Any]]:
+    """(reward, label, line style) of each Improve step: its τ dashed, else the mean of what its filter keeps, dotted."""
+    lines: list[tuple[float, str, Any]] = []
+    for threshold in stats.get("thresholds", ()):
+        step = threshold["improve_step"]
+        if threshold.get("tau") is not None:
+            lines.append((threshold["tau"], f"τ{step} = {threshold['tau']:.3f}", (0, (4, 2))))
+        elif threshold.get("mean_reward") is not None:
+            lines.append((threshold["mean_reward"], f"I{step} keeps {threshold['mean_reward']:.3f}", (0, (1, 1.5))))
+    return lines
 
 
 def _with_tau(stats: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -115,12 +115,12 @@ def _table(
 
 
 def _header(run: Run, title: str) -> str:
-    facts = []
+    facts = [run.summary["task"]] if run.summary.get("task") else []
     grows = sum(is_grow(phase["name"]) for phase in run.phases)
     improves = sum(phase["name"].startswith("improve_") for phase in run.phases)
     facts.append(f"{grows} Grow and {improves} Improve steps")
-    if run.summary.get("params"):
-        facts.append(f"{run.summary['params'] / 1e6:.1f} M parameters")
+    if run.summary.get("parameters"):
+        facts.append(f"{run.summary['parameters'] / 1e6:.1f} M parameters")
     facts.append(f"{format_duration(sum(phase.get('seconds') or 0 for phase in run.phases))} in all")
     if run.run.get("start"):
         facts.append(f"started {run.run['start']}")
@@ -197,7 +197,7 @@ def warnings(run: Run) -> list[str]:
             )
     if control.get("reward") is None:
         found.append(
-            "There is no bc_long in this run: without that control a gain may only be what longer training gives."
+            "There is no result of bc_long: without that control a gain may only be what longer training gives."
         )
     elif last.get("reward") is not None:
         comparison = _comparison(run, final, CONTROL, "reward")
@@ -260,7 +260,8 @@ def _plots(run: Run) -> str:
         drawn.append(
             _plot(
                 "Rewards of the samples of each Grow step",
-                "All samples, kept or not; dashed: the thresholds τ of the Improve steps that use a global one.",
+                "All samples, kept or not. Dashed: τ of each Improve step; dotted: where its filter looks at each source "
+                "by itself and so has no τ, the mean reward of what it keeps.",
                 plots.reward_histograms(histograms),
             )
         )
@@ -269,7 +270,7 @@ def _plots(run: Run) -> str:
         drawn.append(
             _plot(
                 "Share kept by threshold",
-                "Samples whose reward is above τ, of all samples; points: the thresholds that were used.",
+                "Samples whose reward is above τ, of all samples. Points and legend: what each Improve step's filter keeps.",
                 plots.kept_share(shares),
             )
         )
@@ -335,16 +336,20 @@ def _threshold_table(run: Run) -> str:
                     f"{step}.{threshold['improve_step']}",
                     f"<code>{_text(threshold.get('description', ''))}</code>",
                     "-" if tau is None else f"{tau:.4f}",
-                    _number(threshold.get("kept"), 0),
-                    _share(threshold.get("kept"), stats.get("count")),
                     _number(threshold.get("pairs"), 0),
+                    _share(threshold.get("pairs"), stats.get("count")),
                     _number(threshold.get("sources"), 0),
+                    _number(threshold.get("mean_reward"), 4),
+                    _number(threshold.get("references"), 0),
+                    "-" if threshold.get("learning_rate") is None else f"{threshold['learning_rate']:.2g}",
                 ]
             )
     if not rows:
         return ""
-    headings = ["Improve", "filter", "τ", "samples kept", "of all samples", "pairs to train on", "sources"]
-    return _card("What each Improve step trained on", _table(headings, rows, left=2))
+    headings = ["Improve", "filter", "τ", "samples kept", "of all", "their sources", "their mean reward"]
+    headings += ["references mixed in", "learning rate"]
+    note = "Samples of the Grow step that pass the Improve step's filter, and the pairs of D that are mixed with them."
+    return _card("What each Improve step trained on", _table(headings, rows, left=2), note=note)
 
 
 def _examples(run: Run) -> str:
@@ -410,8 +415,8 @@ def _setup(run: Run) -> str:
     facts: dict[str, Any] = {"command": run.run.get("argv")}
     for key in ("start", "hostname", "devices"):
         facts[key] = run.run.get(key)
-    params = run.summary.get("params")
-    facts["parameters"] = f"{params:,}" if params else None
+    parameters = run.summary.get("parameters")
+    facts["parameters"] = f"{parameters:,}" if parameters else None
     facts["mesh"] = run.summary.get("mesh")
     facts["configuration"] = f"sha256 {run.summary['config_sha256']}" if run.summary.get("config_sha256") else None
     for name, signature in (run.summary.get("signatures") or {}).items():

@@ -13,7 +13,7 @@ h1 { font-size: 26px; margin: 0 0 2px; }
 h2 { font-size: 17px; margin: 0 0 4px; }
 p { margin: 0 0 10px; }
 .muted, .note { color: var(--muted); }
-.note { font-size: 13px; max-width: 75ch; }
+.note { font-size: 13px; max-width: 100ch; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px;
   margin-top: 18px; overflow-x: auto; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 14px; margin-top: 18px; }
@@ -24,15 +24,16 @@ p { margin: 0 0 10px; }
 .tile-detail { font-size: 13px; color: var(--muted); }
 .good { color: var(--good); } .bad { color: var(--bad); }
 .warning { background: var(--warn); }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 18px;
-  margin-top: 18px; align-items: start; }
-.plots .card { margin: 0; }
+.plots { columns: 460px 2; column-gap: 18px; }
+.plots .card { break-inside: avoid; display: inline-block; width: 100%; }
 .plots img { width: 100%; height: auto; display: block; margin-top: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--muted); font-size: 13px; }
 th, td { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 tbody tr:last-child td { border-bottom: 0; }
-th.number, td.number { text-align: right; white-space: nowrap; }
+thead th { vertical-align: bottom; }
+th.number, td.number { text-align: right; }
+td.number { white-space: nowrap; }
 th:last-child, td:last-child { padding-right: 0; }
 tr.final td { font-weight: 600; }
 tr.grow td { color: var(--muted); }

@@ -32,6 +32,7 @@ COLUMNS = (
     Column("bleu", "BLEU", _fixed(2)),
     Column("chrf", "chrF", _fixed(2)),
     Column("ter", "TER", _fixed(2)),
+    Column("steps", "steps", _count),
     Column("samples", "samples", _count),
     Column("distinct", "distinct", _count),
     Column("kept", "kept", _count),

@@ -22,7 +22,7 @@ SENTENCES = (
     ("Jehova segne dich von Zion aus, der Himmel und Erde gemacht hat!", "May Yahweh bless you, who made heaven."),
     ("Tom & Mary sagten <nichts>.", 'Tom & Mary said <nothing>, not even "hello".'),
     ("Kannst du mir sagen, wie spät es ist?", "Can you tell me what time it is?"),
-    ("Die Veranstaltung wurde wegen des schlechten Wetters verschoben.", "Because of the weather the event was postponed."),
+    ("Die Veranstaltung wurde wegen des Wetters verschoben.", "Because of the weather the event was postponed."),
 )  # fmt: skip
 
 
@@ -69,9 +69,11 @@ def write_grow(model_dir: Path, step: int, *, mean: float, global_threshold: boo
             "improve_step": i,
             "description": f"threshold(tau={tau})" if global_threshold else f"top_k(k={5 - i})",
             "tau": tau if global_threshold else None,
-            "kept": int((rewards > tau).sum()),
-            "pairs": int((rewards > tau).sum()) + 18_000,
-            "sources": 18_400,
+            "pairs": int((rewards > tau).sum()),
+            "sources": 1_840,
+            "references": int((rewards > tau).sum()) // 4,
+            "mean_reward": float(rewards[rewards > tau].mean()),
+            "learning_rate": 1e-3 / i,
         }
         for i, tau in enumerate(taus, start=1)
     ]
@@ -106,8 +108,8 @@ def write_model_dir(model_dir: Path, *, global_threshold: bool = True) -> Path:
         if name in ("improve_1.1", "improve_2.1"):
             grow = int(name[len("improve_")])
             phases.append(write_grow(model_dir, grow, mean=mean - 0.01, global_threshold=global_threshold))
-        phases.append({"name": name, "reward": reward, "bleu": bleu, "chrf": chrf, "ter": ter, "samples": 0,
-                       "distinct": 0, "kept": 0, "seconds": seconds})  # fmt: skip
+        phases.append({"name": name, "reward": reward, "bleu": bleu, "chrf": chrf, "ter": ter, "steps": 120,
+                       "samples": 0, "distinct": 0, "kept": 0, "seconds": seconds})  # fmt: skip
         for step in range(10, 121, 10):
             loss = 2.9 - mean - 0.2 * step / 120 + 0.02 * np.sin(step + seed)
             metrics.append({"phase": name, "step": step, "time": 1e9 + step, "loss": loss, "grad_norm": 1.0})
@@ -133,7 +135,8 @@ def write_model_dir(model_dir: Path, *, global_threshold: bool = True) -> Path:
         "comparisons": comparisons,
         "versions": {"rest_jax": "0.1.0", "jax": "0.10.2", "flax": "0.12.8"},
         "mesh": {"replica": 1, "data": 1, "model": 1},
-        "params": 1_068_416,
+        "parameters": 1_068_416,
+        "task": "demo_de_en",
     }
     (model_dir / "summary.json").write_text(json.dumps(summary))
     (model_dir / "operative_config.gin").write_text(
