@@ -1,1 +1,1 @@
-"""What a policy is worth: sacreBLEU's corpus scores, best-of-N, distinct samples, and whether a difference is more than chance."""
+"""What a policy is worth: sacreBLEU's corpus scores, best-of-N, and whether a difference is more than chance."""

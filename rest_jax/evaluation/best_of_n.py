@@ -13,8 +13,8 @@ def best_of_n_curve(rewards: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
         E[max of n] = sum_i r_(i) * C(i-1, n-1) / C(N, n)
 
-    because r_(i) is the maximum of just those subsets that hold it and n-1 smaller ones. It is unbiased for the expected
-    best of n fresh samples; at n = 1 it is the mean, at n = N the maximum.
+    because r_(i) is the maximum of just those subsets that hold it and n-1 smaller ones. It is unbiased for the
+    expected best of n fresh samples; at n = 1 it is the mean, at n = N the maximum.
 
     Args:
       rewards: `[sources, samples]`, every sample counted, also those that repeat another.

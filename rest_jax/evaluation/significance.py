@@ -77,8 +77,8 @@ def paired_bootstrap_corpus(
 ) -> BootstrapResult:
     """Compares two systems by a corpus score, which is no mean over sources.
 
-    Each resample adds up sacreBLEU's sentence statistics (n-gram matches, lengths) and computes the score from the sums,
-    as sacreBLEU's own significance test does.
+    Each resample adds up sacreBLEU's sentence statistics (n-gram matches, lengths) and computes the score from the
+    sums, as sacreBLEU's own significance test does.
 
     Args:
       hypotheses_a, hypotheses_b, references: aligned, detokenised.
@@ -123,7 +123,7 @@ def _result(difference: float, resampled: npt.NDArray[np.float64], *, confidence
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(resampled, [tail, 1.0 - tail])
     count = resampled.size
-    # One is added to both, so that no finite number of resamples claims a probability of zero (Davison & Hinkley, 1997).
+    # One is added to both, so that no number of resamples claims a probability of zero (Davison & Hinkley, 1997).
     below, above = (int((resampled <= 0).sum()) + 1) / (count + 1), (int((resampled >= 0).sum()) + 1) / (count + 1)
     return BootstrapResult(
         difference=difference,

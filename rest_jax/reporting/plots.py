@@ -387,7 +387,7 @@ def _label_points(axes: Axes, points: Mapping[str, tuple[float, float]], theme: 
 
 
 def _threshold_lines(stats: Mapping[str, Any]) -> list[tuple[float, str, Any]]:
-    """(reward, label, line style) of each Improve step: its τ dashed, else the mean of what its filter keeps, dotted."""
+    """(reward, label, line style) of each Improve step: its τ dashed, else the mean of what it keeps, dotted."""
     lines: list[tuple[float, str, Any]] = []
     for threshold in stats.get("thresholds", ()):
         step = threshold["improve_step"]

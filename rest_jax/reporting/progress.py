@@ -13,7 +13,7 @@ _BAR_WIDTH = 40
 
 
 def format_duration(seconds: float) -> str:
-    """Whole seconds, the two largest units: `47s`, `12m03s`, `3h07m`, `2d04h`."""
+    """The two largest units, what is smaller is dropped: `47s`, `12m03s`, `3h07m`, `2d04h`."""
     whole = max(round(seconds), 0)
     minutes, s = divmod(whole, 60)
     hours, m = divmod(minutes, 60)

@@ -260,8 +260,8 @@ def _plots(run: Run) -> str:
         drawn.append(
             _plot(
                 "Rewards of the samples of each Grow step",
-                "All samples, kept or not. Dashed: τ of each Improve step; dotted: where its filter looks at each source "
-                "by itself and so has no τ, the mean reward of what it keeps.",
+                "All samples, kept or not. Dashed: τ of each Improve step; dotted: where its filter looks at "
+                "each source by itself and so has no τ, the mean reward of what it keeps.",
                 plots.reward_histograms(histograms),
             )
         )
@@ -270,7 +270,7 @@ def _plots(run: Run) -> str:
         drawn.append(
             _plot(
                 "Share kept by threshold",
-                "Samples whose reward is above τ, of all samples. Points and legend: what each Improve step's filter keeps.",
+                "Samples with a reward above τ, of all. Points and legend: what each Improve step's filter keeps.",
                 plots.kept_share(shares),
             )
         )
