@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,10 @@ class Training:
         for name in ("batch_size", "microbatches", "eval_period", "checkpoint_period", "log_period"):
             if getattr(self, name) < 1:
                 raise UserError(f"Training.{name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.learning_rate > 0:
+            raise UserError(f"Training.learning_rate is {self.learning_rate}; it must be above 0.")
+        if self.patience is not None and self.patience < 1:
+            raise UserError(f"Training.patience is {self.patience}; it must be at least 1, or None to run all steps.")
         if self.steps < 0:
             raise UserError(f"Training.steps is {self.steps}; it must be 0 (keep the initial policy) or more.")
         if self.batch_size % self.microbatches:
@@ -201,6 +205,11 @@ class FitResult:
     history: tuple[tuple[int, float], ...]  # (step, mean reward on D_eval)
 
 
+def best_of(history: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    """The (step, reward) of highest reward, of equal ones the earliest."""
+    return max(history, key=lambda item: (item[1], -item[0]))
+
+
 def fit(
     *,
     directory: Path,
@@ -271,9 +280,9 @@ def fit(
     metrics_writer.resume(phase=phase, step=-1 if latest is None else step)
     pending: list[dict[str, jax.Array]] = []  # Metrics of the steps since the last log line, still on the device.
 
-    def save(*, reward: float | None) -> None:
-        progress_so_far = {"history": history, "tokens": tokens}
-        checkpoints.save(step, state.as_t5x(), progress=progress_so_far, reward=reward)
+    def save() -> None:
+        best = best_of(history)[0] if history else None
+        checkpoints.save(step, state.as_t5x(), progress={"history": history, "tokens": tokens}, best_step=best)
 
     def measure() -> None:
         with progress.paused():
@@ -281,7 +290,7 @@ def fit(
             history.append((step, reward))
             # Before the checkpoint: a run killed between the two writes this line again, rather than never.
             metrics_writer.write(phase=phase, step=step, scalars={"eval/reward": reward})
-            save(reward=reward)
+            save()
         progress.log_event(f"step {step} | mean reward on D_eval {reward:.4f}")
 
     def flush() -> None:
@@ -314,8 +323,7 @@ def fit(
     def out_of_patience() -> bool:
         if training.patience is None or not history:
             return False
-        best_index = max(range(len(history)), key=lambda i: history[i][1])
-        return len(history) - 1 - best_index >= training.patience
+        return len(history) - 1 - history.index(best_of(history)) >= training.patience
 
     try:
         if step == 0 and evaluate_first and not history:
@@ -333,14 +341,14 @@ def fit(
                 measure()
             elif step % training.checkpoint_period == 0 or stopping:
                 flush()
-                save(reward=None)
+                save()
             if stopping:
                 raise Preempted(f"{phase}: stopped at step {step}; everything is saved.")
         if not history:
             measure()
     finally:
         checkpoints.close()
-    best_step, best_reward = max(history, key=lambda item: (item[1], -item[0]))
+    best_step, best_reward = best_of(history)
     return FitResult(
         best_step=best_step, best_reward=best_reward, steps=step, target_tokens=tokens, history=tuple(history)
     )

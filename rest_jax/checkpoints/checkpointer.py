@@ -6,7 +6,7 @@ A step is a directory `checkpoint_N/` with T5X's tree under `state/`: `{'target'
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +25,38 @@ STATE_ITEM = "state"
 
 
 class PhaseCheckpoints:
-    """The checkpoints of one training phase: the newest, to resume from, and the one with the best reward.
+    """The checkpoints of one training phase: the newest, to resume from, and the best, to keep.
 
-    Of equal rewards the earliest step is the best. A save is complete or absent: Orbax writes to a temporary name and
-    renames.
+    Which one is best is the caller's to say: Orbax's own ranking forgets the rewards of an earlier process.
+    A save is complete or absent: Orbax writes to a temporary name and renames.
     """
 
     def __init__(self, directory: Path):
-        # Of equal rewards the earliest step, which BestN, left to itself, would be the first to delete.
-        best = checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: (metrics["reward"], -metrics["step"]),
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
-        newest = checkpoint_managers.LatestN(n=1)
+        self._preserve = _PreserveSteps()
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             item_names=(STATE_ITEM, "progress"),
             options=ocp.CheckpointManagerOptions(
                 step_prefix=STEP_PREFIX,
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
+                preservation_policy=self._preserve,
                 enable_async_checkpointing=False,
                 cleanup_tmp_directories=True,
             ),
         )
 
-    def save(self, step: int, tree: Tree, *, progress: Mapping[str, Any], reward: float | None) -> None:
-        """Writes one step. `progress` is what a resumed phase needs besides the tree; `reward` ranks the checkpoint."""
+    def save(self, step: int, tree: Tree, *, progress: Mapping[str, Any], best_step: int | None) -> None:
+        """Writes one step, then deletes all others but `best_step`.
+
+        `progress` is what a resumed phase needs besides the tree, as JSON.
+        """
         if step in self._manager.all_steps():
-            if reward is None:
-                return
             self._manager.delete(step)  # The same state, written to resume from, now measured.
+        self._preserve.steps = frozenset((step, best_step))
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 **{STATE_ITEM: ocp.args.StandardSave(tree), "progress": ocp.args.JsonSave(dict(progress))}
             ),
-            metrics=None if reward is None else {"reward": reward, "step": step},
             force=True,
         )
 
@@ -80,6 +75,15 @@ class PhaseCheckpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+class _PreserveSteps(checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoints of `steps`."""
+
+    steps: frozenset[int | None] = frozenset()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [checkpoint.step in self.steps for checkpoint in checkpoints]
 
 
 def step_directory(directory: Path, step: int) -> Path:
