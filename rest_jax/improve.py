@@ -39,8 +39,8 @@ class Improving:
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate_decay <= 1:
             raise UserError(
-                f"Improving.learning_rate_decay is {self.learning_rate_decay}; it must be in (0, 1]: the paper's Improve "
-                "steps have falling learning rates."
+                f"Improving.learning_rate_decay is {self.learning_rate_decay}; it must be in (0, 1]: the paper's "
+                "Improve steps have falling learning rates."
             )
         if not 0 <= self.reference_fraction < 1:
             raise UserError(
@@ -58,7 +58,7 @@ class Selection:
 
 
 def choose_filter(*, improving: Improving, store: ScoredStore, improve_step: int) -> Filter:
-    """The filter of Improve step `improve_step`, from the rewards of D_g: samples, and references where they are mixed in."""
+    """The filter of one Improve step, from the rewards of D_g: samples, and references where they are mixed in."""
     rewards = [store.rewards[store.valid]]
     if improving.reference_fraction > 0:
         rewards.append(store.reference_rewards)
@@ -99,8 +99,8 @@ def select(*, improving: Improving, store: ScoredStore, references: TokenDataset
         valid = store.rewards[store.valid]
         raise UserError(
             f"Improve step {improve_step}: {report['description']} passes none of {valid.size} samples, whose rewards "
-            f"reach from {valid.min():.3f} to {valid.max():.3f}. Loosen Improving.schedule, or use a per-source one such "
-            "as filters.TopKSchedule."
+            f"reach from {valid.min():.3f} to {valid.max():.3f}. Loosen Improving.schedule, or use a per-source one "
+            "such as filters.TopKSchedule."
         )
     parts: tuple[Examples, ...] = (samples,)
     counts: tuple[int, ...] = (len(samples),)

@@ -200,7 +200,9 @@ def test_report(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_filter_prints_a_row_for_each(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = f"--store={finished / 'grow_1'}"
-    assert cli.main(["filter", store, "--threshold", "0.0", "0.99", "--top_k", "1", "--filter", "cap(top_k(3), k=2)"]) == 0
+    assert (
+        cli.main(["filter", store, "--threshold", "0.0", "0.99", "--top_k", "1", "--filter", "cap(top_k(3), k=2)"]) == 0
+    )
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split()[:4] == ["filter", "pairs", "sources", "tokens"]
     assert [row.split("  ")[0] for row in rows] == [

@@ -82,7 +82,7 @@ class SentencePieceVocabulary:
         return self._processor.EncodeAsIds(text)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of `tokens` up to the first EOS. Ids past the vocabulary (the padded part of the embedding) are unknown."""
+        """Text of `tokens` up to the first EOS. Ids past the vocabulary (padding of the embedding) are unknown."""
         size = self.vocab_size
         ids: list[int] = []
         for token in tokens:

@@ -11,6 +11,9 @@ from rest_jax.sampling import decoder
 from rest_jax.sampling.processors import NEGATIVE_INFINITY, legal_tokens
 from rest_jax.sampling.samples import EOS_ID, PAD_ID, Samples
 
+# A log-probability or score below it has a masked token in it; no product of real ones comes near.
+IMPOSSIBLE = NEGATIVE_INFINITY / 1e6
+
 
 class _Beams(NamedTuple):
     position: jax.Array  # scalar int32
@@ -41,8 +44,10 @@ def beam_decode(
 ) -> Samples:
     """The `num_best` translations with the highest length-penalised log-probability that a beam finds.
 
-    The search of a source ends when no live hypothesis can still beat its worst ended one. Hypotheses that `max_length`
-    cuts stand behind all that ended by themselves.
+    A hypothesis ends when EOS makes it one of the `beam_size` best extensions of its position, so that a beam of 1
+    without length penalty is greedy. The search of a source ends when no live hypothesis can still beat its worst ended
+    one. Hypotheses that `max_length` cuts stand behind all that ended by themselves. Where a tiny vocabulary has fewer
+    hypotheses than `num_best`, the places left are empty, at a log-probability of -1e30.
 
     Args:
       params: T5X's tree.
@@ -90,7 +95,9 @@ def beam_decode(
         extended = jax.lax.dynamic_update_slice_in_dim(extended, tokens[:, :, None], beams.position, axis=2)
         ends = tokens == EOS_ID
 
-        scores = jnp.where(ends, top / length_penalty(beams.position + 1, alpha), NEGATIVE_INFINITY)
+        among_best = jnp.arange(2 * beam_size) < beam_size
+        accepted = ends & among_best & (top > IMPOSSIBLE)
+        scores = jnp.where(accepted, top / length_penalty(beams.position + 1, alpha), NEGATIVE_INFINITY)
         scores = jnp.concatenate([beams.ended_scores, scores], axis=1)
         ended_scores, chosen = jax.lax.top_k(scores, beam_size)
         ended_tokens = _choose(jnp.concatenate([beams.ended_tokens, extended], axis=1), chosen)
@@ -126,13 +133,15 @@ def beam_decode(
         ),
     )
     # Where fewer than num_best ended, live ones fill up, behind them.
-    has_ended = end.ended_scores > NEGATIVE_INFINITY / 2
+    has_ended = end.ended_scores > IMPOSSIBLE
     cut_scores = end.live_log_probs / best_possible_penalty + NEGATIVE_INFINITY / 4
     order = jnp.concatenate([jnp.where(has_ended, end.ended_scores, 2 * NEGATIVE_INFINITY), cut_scores], axis=1)
     _, chosen = jax.lax.top_k(order, num_best)
     tokens = _choose(jnp.concatenate([end.ended_tokens, end.live_tokens], axis=1), chosen)
-    tokens = jnp.where(real[:, None, None], tokens, PAD_ID)
     log_probs = _choose(jnp.concatenate([end.ended_log_probs, end.live_log_probs], axis=1), chosen)
+    possible = log_probs > IMPOSSIBLE
+    tokens = jnp.where((real[:, None] & possible)[:, :, None], tokens, PAD_ID)
+    log_probs = jnp.where(real[:, None], jnp.where(possible, log_probs, NEGATIVE_INFINITY), 0.0)
     return Samples.of(tokens, log_probs)
 
 
