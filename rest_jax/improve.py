@@ -158,5 +158,6 @@ def describe(report: Mapping[str, Any]) -> str:
     """One line for the log."""
     return (
         f"{report['description']}: {report['pairs']} pairs of {report['sources']} sources, mean reward "
-        f"{report['mean_reward']:.3f}, with {report['references']} references; learning rate {report['learning_rate']:.2g}"
+        f"{report['mean_reward']:.3f}, with {report['references']} references; learning rate "
+        f"{report['learning_rate']:.2g}"
     )

@@ -10,7 +10,7 @@ PACKAGE_PREFIX = "rest_jax://"
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """Turns `rest_jax://tasks/demo_data/vocab.model` into a file of the installed package; other paths stay as they are.
+    """Turns `rest_jax://tasks/demo_data/vocab.model` into a file of the package; other paths stay as they are.
 
     `rest_jax.tasks` is the checkout's `tasks/` folder in an editable install and a sub-package in a wheel, so the first
     part of the name is looked up as a package rather than joined to a directory.

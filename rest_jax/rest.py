@@ -227,7 +227,7 @@ class Runner:
         self._writer.close()
 
     def _summarise(self, *, num_resamples: int) -> dict[str, Any]:
-        """Brings summary.json up to date with what is finished; comparisons only with resamples, as they take seconds."""
+        """Brings summary.json up to date with what is finished; comparisons take seconds, so only with resamples."""
         results = {phase.name: result for phase in self.phases if (result := self.result(phase.name)) is not None}
         facts = {
             "task": self.config.data.task,
@@ -245,7 +245,7 @@ class Runner:
         return summary
 
     def finish(self) -> str:
-        """Writes the last policy to MODEL_DIR/policy, the comparisons and the report, and returns the table of the run."""
+        """Writes the last policy to MODEL_DIR/policy, the comparisons and the report; returns the table of the run."""
         trained = [phase.name for phase in self.phases if phase.kind in ("bc", "improve")]
         last = [name for name in trained if self.result(name) is not None][-1]
         checkpointer.save_params(self.model_dir / "policy", self.policy(last), dtype=self.config.policy_dtype)
@@ -367,7 +367,8 @@ class Runner:
             self.policy(phase.policy), directory=self.model_dir / "eval", name=phase.policy
         )
         progress.log_event(
-            f"{phase.policy}: mean reward {scores['reward']:.4f} | BLEU {scores['bleu']:.2f} | chrF {scores['chrf']:.2f}"
+            f"{phase.policy}: mean reward {scores['reward']:.4f} | BLEU {scores['bleu']:.2f} | "
+            f"chrF {scores['chrf']:.2f}"
         )
         self._writer.write(
             phase=phase.name, step=0, scalars={name: scores[name] for name in ("reward", "bleu", "chrf", "ter")}
