@@ -3,12 +3,12 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import gin
 from rest_jax.errors import UserError
 from rest_jax.models import t5
 from rest_jax.models.encoder_decoder import EncoderDecoderModel
