@@ -329,7 +329,9 @@ def fit(
         if step == 0 and evaluate_first and not history:
             measure()
         while step < training.steps and not out_of_patience():
-            state, metrics = step_fn(state, partitioner.put_batch(next(batches)[1]), dropout_key)
+            batch = partitioner.put_batch(next(batches)[1])
+            with partitioner.activation_rules():
+                state, metrics = step_fn(state, batch, dropout_key)
             pending.append(metrics)
             step += 1
             at_end = step == training.steps
