@@ -130,13 +130,13 @@ def chunk_statistics(*, samples: Any, rewards: jax.Array, real: jax.Array, valid
       zero_variance_count (sources whose samples all have the same reward), histogram `[100]` of rewards over [0, 1].
     """
     counted = jnp.broadcast_to(real[:, None], rewards.shape)
-    weights = counted.astype(jnp.float32)
+    rewards = jnp.where(counted, rewards, 0.0)  # a filler's may be NaN
     bins = jnp.clip((rewards * HISTOGRAM_BINS).astype(jnp.int32), 0, HISTOGRAM_BINS - 1)
     spread = jnp.max(rewards, axis=1) - jnp.min(rewards, axis=1)
     return {
         "count": jnp.sum(counted, dtype=jnp.int32),
-        "reward_sum": jnp.sum(rewards * weights),
-        "reward_square_sum": jnp.sum(jnp.square(rewards) * weights),
+        "reward_sum": jnp.sum(rewards),
+        "reward_square_sum": jnp.sum(jnp.square(rewards)),
         "length_sum": jnp.sum(samples.lengths * counted, dtype=jnp.int32),
         "hit_eos_count": jnp.sum(samples.hit_eos & counted, dtype=jnp.int32),
         "distinct_count": jnp.sum(valid, dtype=jnp.int32),

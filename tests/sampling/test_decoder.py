@@ -1,0 +1,182 @@
+"""The decoder one position at a time is the network over whole sequences, and never repeats a source per sample."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core as jax_core
+
+from rest_jax.sampling import LogitProcessing, decoder
+from rest_jax.sampling.sampler import decode, decode_samples, sample_keys
+from tests.sampling.conftest import make_tiny, padded_sources
+
+SOURCE_LENGTHS = (9, 4, 12)
+
+
+def step_by_step(tiny, sources, inputs):
+    """Logits `[batch, N, T, V]` of decode_position for decoder inputs `[batch, N, T]`."""
+    config, length = tiny.config, inputs.shape[2]
+    module = tiny.model.module
+
+    @jax.jit
+    def run(params, inputs):
+        encoded = module.apply({"params": params}, sources, enable_dropout=False, method=module.encode)
+        params = decoder.cast_params(params, config.dtype)
+        cross = decoder.cross_attention(params, config, encoded=encoded, encoder_input_tokens=sources)
+        cache = decoder.empty_cache(config, max_length=length, batch=inputs.shape[0], num_samples=inputs.shape[1])
+
+        def step(cache, position):
+            logits, cache = decoder.decode_position(
+                params, config, tokens=inputs[:, :, position], position=position, cache=cache, cross=cross
+            )
+            return cache, logits
+
+        return jnp.moveaxis(jax.lax.scan(step, cache, jnp.arange(length))[1], 0, 2)
+
+    return np.asarray(run(tiny.params, inputs))
+
+
+def teacher_forced(tiny, sources, inputs):
+    """The same from models/t5.py."""
+    batch, num_samples, length = inputs.shape
+    logits = tiny.logits(
+        tiny.params,
+        {
+            "encoder_input_tokens": np.repeat(sources, num_samples, axis=0),
+            "decoder_input_tokens": inputs.reshape(-1, length),
+            "decoder_target_tokens": np.ones((batch * num_samples, length), np.int32),
+        },
+    )
+    return np.asarray(logits).reshape(batch, num_samples, length, -1)
+
+
+def decoder_inputs(*, num_samples, length):
+    rng = np.random.default_rng(1)
+    inputs = rng.integers(2, 27, (len(SOURCE_LENGTHS), num_samples, length)).astype(np.int32)
+    inputs[:, :, 0] = 0
+    return inputs
+
+
+VARIANTS = {
+    "T5 1.1": {},
+    "T5 1.0": dict(logits_via_embedding=True, mlp_activations=("relu",)),
+    "few buckets": dict(relative_attention_num_buckets=8, relative_attention_max_distance=20),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_positions_have_the_logits_of_the_whole_sequence(variant):
+    # 150 positions lie past the last distance that has a bucket of its own, 128.
+    tiny = make_tiny(**VARIANTS[variant])
+    sources = padded_sources(SOURCE_LENGTHS, width=15)
+    inputs = decoder_inputs(num_samples=2, length=150)
+    expected = teacher_forced(tiny, sources, inputs)
+    assert expected.std() > 0.5
+    # float32 sums in another order; logits are of size 10 at most, so 1e-4 is some 100 units in the last place.
+    np.testing.assert_allclose(step_by_step(tiny, sources, inputs), expected, atol=1e-4)
+
+
+def test_position_biases_reach_past_the_last_bucket():
+    # Guards the test above: without the bias of the farthest bucket its logits would differ by far more than it allows.
+    tiny = make_tiny()
+    sources, inputs = padded_sources(SOURCE_LENGTHS, width=15), decoder_inputs(num_samples=1, length=150)
+    changed = jax.tree.map(lambda leaf: leaf, tiny.params)
+    table = changed["decoder"]["relpos_bias"]["rel_embedding"]
+    changed["decoder"]["relpos_bias"]["rel_embedding"] = table.at[:, -1].add(1.0)
+    before = teacher_forced(tiny, sources, inputs)
+    after = teacher_forced(type(tiny)(tiny.model, changed), sources, inputs)
+    assert np.abs(after - before)[:, :, 140:].max() > 1e-2
+
+
+def test_bfloat16_activations_follow_the_whole_sequence_as_closely_as_bfloat16_can():
+    exact, half = make_tiny(), make_tiny(dtype="bfloat16")
+    sources, inputs = padded_sources(SOURCE_LENGTHS), decoder_inputs(num_samples=2, length=20)
+    stepped = step_by_step(half, sources, inputs)
+    assert stepped.dtype == np.float32
+    truth = teacher_forced(exact, sources, inputs)
+    # Neither is exact: the decoder's error may not exceed that of the whole sequence in the same type by much.
+    error = np.sqrt(np.mean((stepped - truth) ** 2))
+    assert error < 1.5 * np.sqrt(np.mean((teacher_forced(half, sources, inputs) - truth) ** 2))
+    assert error < 0.02 * np.sqrt(np.mean(truth**2))
+
+
+def shapes_in(jaxpr):
+    """Shapes of every value in a jaxpr and the jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        for variable in (*equation.invars, *equation.outvars):
+            if hasattr(variable.aval, "shape"):
+                yield variable.aval.shape
+        for parameter in equation.params.values():
+            for inner in parameter if isinstance(parameter, (tuple, list)) else (parameter,):
+                if isinstance(inner, jax_core.ClosedJaxpr):
+                    inner = inner.jaxpr
+                if isinstance(inner, jax_core.Jaxpr):
+                    yield from shapes_in(inner)
+
+
+# Sizes such that keys or values repeated per sample, BATCH * SAMPLES * SOURCE * heads * head_dim elements, are larger
+# than any array that decoding needs, the encoder's attention included.
+BATCH, SAMPLES, SOURCE, TARGET = 2, 7, 37, 5
+REPEATED = BATCH * SAMPLES * SOURCE * 2 * 8
+
+
+def sampling_function(tiny, beam_size):
+    def run(params, sources, source_ids):
+        return decode(
+            tiny.model,
+            params,
+            encoder_input_tokens=sources,
+            source_ids=source_ids,
+            num_samples=SAMPLES,
+            max_length=TARGET,
+            processing=LogitProcessing(temperature=0.8),
+            beam_size=beam_size,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("beam_size", [0, SAMPLES])
+def test_no_array_holds_the_source_once_per_sample(tiny, beam_size):
+    sources = padded_sources((SOURCE, 3), width=SOURCE)
+    arguments = (tiny.params, sources, np.arange(BATCH, dtype=np.uint32))
+    run = sampling_function(tiny, beam_size)
+    largest = max(shapes_in(jax.make_jaxpr(run)(*arguments).jaxpr), key=math.prod)
+    assert math.prod(largest) < REPEATED, largest
+    text = jax.jit(run).lower(*arguments).compile().as_text()
+    compiled = {tuple(map(int, dims.split(","))) for dims in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", text)}
+    assert any(math.prod(shape) == BATCH * SOURCE * 16 for shape in compiled)  # the pattern does find arrays
+    largest = max(compiled, key=math.prod)
+    assert math.prod(largest) < REPEATED, largest
+
+
+def test_more_samples_cost_less_memory_than_their_sources_would():
+    # Keys and values of 2 layers and a source of 512 tokens, repeated for each further sample, would take this much;
+    # attention weights [B, H, N, S] and self-attention caches are what may grow.
+    tiny = make_tiny(head_dim=32)
+    length, config = 512, tiny.config
+    repeated = 2 * config.num_decoder_layers * length * config.num_heads * config.head_dim * 4
+
+    def temporary_bytes(num_samples):
+        def run(params, encoded, sources, keys):
+            return decode_samples(
+                params,
+                config,
+                encoded=encoded,
+                encoder_input_tokens=sources,
+                keys=keys,
+                max_length=4,
+                processing=LogitProcessing(),
+                vocab_size=27,
+            )
+
+        keys = sample_keys(seed=0, stream=0, source_ids=np.arange(1), num_samples=num_samples)
+        encoded = jax.ShapeDtypeStruct((1, length, config.emb_dim), jnp.float32)
+        compiled = jax.jit(run).lower(tiny.params, encoded, padded_sources((length,)), keys).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    per_sample = (temporary_bytes(24) - temporary_bytes(8)) / 16
+    assert per_sample < repeated / 10
