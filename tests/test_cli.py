@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 import seqio
 
@@ -81,11 +82,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     seqio.TaskRegistry.remove("cli_demo")
 
 
+def use_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight fake devices on two cores would only slow down what is about commands."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_one_device(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> Path:
     """MODEL_DIR of a whole run, G = 1 and I = 2."""
     model_dir = folder / "run"
-    assert cli.main(["run", f"--gin_file={folder / 'run.gin'}", f"--gin.MODEL_DIR='{model_dir}'"]) == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_one_device(monkeypatch)
+        assert cli.main(["run", f"--gin_file={folder / 'run.gin'}", f"--gin.MODEL_DIR='{model_dir}'"]) == 0
     return model_dir
 
 
@@ -121,6 +135,7 @@ def test_run_leaves_what_the_design_lists(finished: Path) -> None:
     assert (finished / "report.html").is_file() and (finished / "policy").is_dir()
 
 
+@pytest.mark.usefixtures("one_device")
 def test_same_command_again_changes_nothing(finished: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in finished.glob("grow_1/**/*.arrow")}
     assert cli.main(["run", f"--model_dir={finished}"]) == 0
@@ -160,6 +175,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert not model_dir.exists() and not cache.exists()
 
 
+@pytest.mark.usefixtures("one_device")
 def test_steps_one_by_one_equal_the_run(finished: Path, folder: Path, tmp_path: Path) -> None:
     options = [f"--gin_file={folder / 'run.gin'}", f"--model_dir={tmp_path}"]
     for command in (["train"], ["grow"], ["improve", "--step=1.1"], ["improve"]):
@@ -172,6 +188,7 @@ def test_steps_one_by_one_equal_the_run(finished: Path, folder: Path, tmp_path: 
     assert cli.main(["grow", *options]) == 0  # nothing is left to do
 
 
+@pytest.mark.usefixtures("one_device")
 def test_evaluate_policies_and_checkpoints(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = json.loads((finished / "eval" / "improve_1.1.json").read_text())
     (finished / "eval" / "improve_1.1.json").unlink()

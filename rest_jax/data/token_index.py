@@ -89,7 +89,10 @@ def _path(
 
 def _origin(module: str) -> Path | None:
     """The module's file; None for one that is not installed here."""
-    spec = _spec(module)
+    try:
+        spec = _spec(module)
+    except ImportError:
+        return None
     return Path(spec.origin) if spec is not None and spec.origin is not None and Path(spec.origin).is_file() else None
 
 
