@@ -16,7 +16,7 @@ from rest_jax.sampling import Sampling
 from rest_jax.sampling.scored import choose_sources, chunk_batch, chunks, run_chunks, sample_and_score
 from tests.sampling.conftest import VOCAB
 
-SAMPLING = Sampling(num_samples=3, sources_per_chunk=4, length_multiple=8)
+SAMPLING = Sampling(num_samples=3, sources_per_chunk=4, length_multiple=12)
 
 
 class SumReward:
