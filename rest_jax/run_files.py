@@ -4,7 +4,6 @@ A MODEL_DIR belongs to one configuration: results of two would be told apart by 
 """
 
 import datetime
-import importlib.metadata
 import json
 import platform
 import socket
@@ -17,7 +16,7 @@ import jax
 
 from rest_jax import config, paths
 from rest_jax.errors import UserError
-from rest_jax.summary import VERSIONS_OF
+from rest_jax.summary import versions
 
 CONFIG, OPERATIVE, RUN = "config.gin", "operative_config.gin", "run.json"
 
@@ -105,7 +104,7 @@ def write_run_files(
         "devices": [str(device) for device in jax.devices()],
         "device_kind": jax.devices()[0].device_kind,
         "processes": jax.process_count(),
-        "versions": _versions(),
+        "versions": versions(),
         "platform": f"{platform.platform()} {sys.platform}",
         **facts,
     }
@@ -122,16 +121,6 @@ def write_run_files(
         raise UserError(
             f"MODEL_DIR {str(model_dir)!r} cannot be written: {error}. Give a folder that this user may write to."
         ) from error
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in VERSIONS_OF:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
 
 
 def _write(path: Path, text: str) -> None:

@@ -47,7 +47,7 @@ def summarise(
         else [],
         "signatures": signatures,
         "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
+        "versions": versions(),
         **facts,
     }
 
@@ -129,8 +129,12 @@ def _column(path: Path, name: str) -> list[Any]:
         return [json.loads(line)[name] for line in file]
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def versions() -> dict[str, str | None]:
+    """Python's and the libraries' versions; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in VERSIONS_OF:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found

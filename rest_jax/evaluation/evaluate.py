@@ -51,6 +51,9 @@ class Evaluation:
         for name in ("selection_samples", "beam_size", "bootstrap_resamples"):
             if getattr(self, name) < 1:
                 raise UserError(f"Evaluation.{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("selection_sources", "max_test_sources"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"Evaluation.{name} is {getattr(self, name)}; it must be at least 1, or None for all.")
 
 
 class Evaluator:
