@@ -167,12 +167,12 @@ def compile_train_step(
 ) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """`train_step` under jit with the mesh's shardings; the old state's memory is reused.
 
-    Phases that differ in their learning rate alone, as Improve steps do, share one compiled program.
+    Phases that differ in their learning rate or in when they measure, as Improve steps do, share one compiled program.
     """
     return functools.partial(
         _placed_step,
         learning_rate=np.float32(training.learning_rate),
-        training=dataclasses.replace(training, learning_rate=1.0),
+        training=_what_is_compiled(training),
         model=model,
         partitioner=partitioner,
     )
@@ -180,13 +180,21 @@ def compile_train_step(
 
 def initial_state(*, training: Training, params: Params, partitioner: Partitioner) -> TrainState:
     """A state at step 0 around `params`, on the mesh."""
-    optimizer = _optimizer(training, training.learning_rate)
+    return _placed_state(params, training=_what_is_compiled(training), partitioner=partitioner)
 
-    def init(params: Params) -> TrainState:
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
-    shardings = partitioner.param_shardings(jax.eval_shape(init, params))
-    return jax.jit(init, out_shardings=shardings)(params)
+@functools.partial(jax.jit, static_argnames=("training", "partitioner"))
+def _placed_state(params: Params, *, training: Training, partitioner: Partitioner) -> TrainState:
+    opt_state = _optimizer(training, training.learning_rate).init(params)
+    state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
+    return jax.lax.with_sharding_constraint(state, partitioner.param_shardings(state))
+
+
+def _what_is_compiled(training: Training) -> Training:
+    """The settings without those that no compiled program depends on, as a key to find one by."""
+    return dataclasses.replace(
+        training, learning_rate=1.0, eval_period=1, checkpoint_period=1, log_period=1, patience=None
+    )
 
 
 def _optimizer(training: Training, learning_rate: jax.typing.ArrayLike) -> optax.GradientTransformation:

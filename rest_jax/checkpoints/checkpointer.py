@@ -4,9 +4,11 @@ A step is a directory `checkpoint_N/` with T5X's tree under `state/`: `{'target'
 'param_states'}}`. A policy without optimiser state is the same tree with `target` alone, so both are read the same way.
 """
 
+import contextlib
+import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,7 @@ def load_params(path: str, *, abstract_params: Tree, partitioner: Partitioner) -
       UserError: names or shapes are not the model's; both are named.
     """
     directory = find_checkpoint(path) / STATE_ITEM
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _reader() as checkpointer:
         stored = checkpointer.metadata(directory).item_metadata.tree["target"]
         _check_same_tree(stored=stored, wanted=abstract_params, directory=directory)
         shardings = partitioner.param_shardings(abstract_params)
@@ -160,9 +162,25 @@ def load_params(path: str, *, abstract_params: Tree, partitioner: Partitioner) -
 def check_fits(path: str, *, abstract_params: Tree) -> None:
     """Raises UserError, without reading any weight, when a checkpoint's names or shapes are not the model's."""
     directory = find_checkpoint(path) / STATE_ITEM
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _reader() as checkpointer:
         stored = checkpointer.metadata(directory).item_metadata.tree["target"]
     _check_same_tree(stored=stored, wanted=abstract_params, directory=directory)
+
+
+@contextlib.contextmanager
+def _reader() -> Iterator[ocp.PyTreeCheckpointer]:
+    """Reads `state/` by itself. Orbax keeps its time stamps one folder up, and warns of that at each reading."""
+
+    def not_about_time_stamps(record: logging.LogRecord) -> bool:
+        return "Metadata file does not exist" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(not_about_time_stamps)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            yield checkpointer
+    finally:
+        logger.removeFilter(not_about_time_stamps)
 
 
 def _check_same_tree(*, stored: Tree, wanted: Tree, directory: Path) -> None:
