@@ -25,7 +25,7 @@ setup(
     package_dir={"rest_jax.tasks": "tasks", "rest_jax.gin": "gin"},
     package_data={
         "rest_jax": ["py.typed"],
-        "rest_jax.tasks": ["demo_data/**/*"],
+        "rest_jax.tasks": ["demo_data/**/*", "demo_policy/**/*"],
         "rest_jax.gin": ["**/*.gin"],
     },
     entry_points={"console_scripts": ["rest_jax = rest_jax.cli:main"]},

@@ -76,7 +76,10 @@ def test_wheel_holds_code_tasks_data_and_gin_files(wheel: Path) -> None:
     code = {f"rest_jax/{path.relative_to(ROOT / 'rest_jax')}" for path in (ROOT / "rest_jax").rglob("*.py")}
     tasks = {f"rest_jax/tasks/{path.relative_to(ROOT / 'tasks')}" for path in (ROOT / "tasks").rglob("*.py")}
     data = {
-        f"rest_jax/tasks/{path.relative_to(ROOT / 'tasks')}" for path in (ROOT / "tasks" / "demo_data").rglob("*.*")
+        f"rest_jax/tasks/{path.relative_to(ROOT / 'tasks')}"
+        for folder in ("demo_data", "demo_policy")
+        for path in (ROOT / "tasks" / folder).rglob("*")
+        if path.is_file()
     }
     assert code | tasks | data | {f"rest_jax/gin/{name}" for name in _gin_files()} <= names
     assert "rest_jax/py.typed" in names
