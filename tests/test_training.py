@@ -103,11 +103,10 @@ def sgd(learning_rate: Any) -> optax.GradientTransformation:
 def test_a_step_descends_the_mean_gradient_over_target_tokens():
     params, batch = make_params(), make_batch()
     state = TrainState(step=jnp.int32(0), params=params, opt_state=sgd(0.1).init(params))
-    state, metrics = train_step(
-        state, batch, jax.random.key(0), model=MODEL, objective=bc, optimizer=sgd(0.1)
-    )  # fmt: skip
+    step = functools.partial(train_step, model=MODEL, objective=bc, optimizer=sgd(0.1))
+    state, metrics = jax.jit(step)(state, batch, jax.random.key(0))
     tokens = batch["decoder_loss_weights"].sum()
-    gradient = jax.grad(lambda p: MODEL.loss_fn(p, batch, None)[0] / tokens)(params)
+    gradient = jax.jit(jax.grad(lambda p: MODEL.loss_fn(p, batch, None)[0] / tokens))(params)
     assert int(state.step) == 1
     assert metrics["weight_sum"] == tokens
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-5)
@@ -157,10 +156,11 @@ def test_dropout_differs_from_step_to_step():
     model = make_model(dropout_rate=0.5)
     params, batch, key = make_params(), make_batch(), jax.random.key(0)
     frozen = optax.set_to_zero()
+    step = jax.jit(functools.partial(train_step, model=model, objective=bc, optimizer=frozen))
     losses = []
     for step in (0, 0, 1):
         state = TrainState(step=jnp.int32(step), params=params, opt_state=frozen.init(params))
-        _, metrics = train_step(state, batch, key, model=model, objective=bc, optimizer=frozen)
+        _, metrics = step(state, batch, key)
         losses.append(float(metrics["loss"]))
     assert losses[0] == losses[1] != losses[2]
 

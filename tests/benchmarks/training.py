@@ -20,6 +20,7 @@ import dataclasses
 import gzip
 import importlib.util
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,7 +42,7 @@ from rest_jax.training import Training, compile_train_step, initial_state
 from tests.benchmarks.matmul import SQUARES, MatmulRates, lines
 
 PAIRS = 8000
-# A step's function and its target tokens: run() trains `STEPS` steps and returns the tokens of their targets.
+# Trains one step on each batch; returns how many target tokens they hold.
 Run = Callable[[], float]
 
 
@@ -140,7 +141,9 @@ def make_model(name: str, vocabulary: SentencePieceVocabulary) -> EncoderDecoder
     gin.clear_config()
     for path in paths.gin_search_paths():
         gin.add_config_file_search_path(path)
+    logging.disable(logging.ERROR)  # gin's notes about each folder in which a file is not
     gin.parse_config_file(f"models/{name}.gin")
+    logging.disable(logging.NOTSET)
     gin.bind_parameter("VOCABULARY/macro.value", vocabulary)
     return gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
 
