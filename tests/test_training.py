@@ -156,11 +156,11 @@ def test_dropout_differs_from_step_to_step():
     model = make_model(dropout_rate=0.5)
     params, batch, key = make_params(), make_batch(), jax.random.key(0)
     frozen = optax.set_to_zero()
-    step = jax.jit(functools.partial(train_step, model=model, objective=bc, optimizer=frozen))
+    program = jax.jit(functools.partial(train_step, model=model, objective=bc, optimizer=frozen))
     losses = []
     for step in (0, 0, 1):
         state = TrainState(step=jnp.int32(step), params=params, opt_state=frozen.init(params))
-        _, metrics = step(state, batch, key)
+        _, metrics = program(state, batch, key)
         losses.append(float(metrics["loss"]))
     assert losses[0] == losses[1] != losses[2]
 
