@@ -4,7 +4,15 @@ import os
 
 # Tests that need a mesh get eight devices on any machine; the others see them and use one.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Most of the tests' time is compiling programs that run once: the passes that make them fast are left out.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+).strip()
 # A test that would download something must fail, not wait for a network; TFDS's mock data does not look.
 os.environ.setdefault("TFDS_DATA_DIR", "/nonexistent/tfds")
 
