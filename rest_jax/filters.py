@@ -187,6 +187,30 @@ def distinct(samples: jax.typing.ArrayLike) -> jax.Array:
     return ~jnp.any(repeated, axis=2)
 
 
+def repeated_ngrams(samples: jax.typing.ArrayLike, *, order: int = 4) -> jax.Array:
+    """Counts the positions of a sample at which an n-gram begins that began earlier in the same sample.
+
+    A sample caught in a loop has many; chrF, which weighs recall, hardly minds them.
+
+    Args:
+      samples: int32 `[sources, num_samples, length]`, 0 after the end.
+      order: n.
+
+    Returns:
+      int32 `[sources, num_samples]`.
+    """
+    samples = jnp.asarray(samples)
+    length = samples.shape[-1] - order + 1
+    if length < 2:
+        return jnp.zeros(samples.shape[:-1], jnp.int32)
+    equal = jnp.ones((*samples.shape[:-1], length, length), bool)
+    for offset in range(order):
+        part = samples[..., offset : offset + length]
+        equal &= (part[..., :, None] == part[..., None, :]) & (part[..., :, None] != 0)
+    earlier = jnp.tril(jnp.ones((length, length), bool), k=-1)
+    return jnp.sum(jnp.any(equal & earlier, axis=-1), axis=-1, dtype=jnp.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class RewardStatistics:
     """Rewards of one D_g, for schedules.

@@ -18,7 +18,7 @@ from rest_jax.data.batching import LengthGroup
 from rest_jax.data.store import ChunkRows, ChunkSources, ScoredStore, StoreWriter
 from rest_jax.data.token_dataset import TokenDataset
 from rest_jax.errors import Preempted, UserError
-from rest_jax.filters import Filter, Threshold, distinct
+from rest_jax.filters import Filter, Threshold, distinct, repeated_ngrams
 from rest_jax.partitioning import Partitioner
 from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
@@ -42,11 +42,19 @@ class Growing:
       sampling: how.
       filter: what is stored. Improve filters again, so this is the loosest filter that any Improve step will ask for.
       max_sources: this many sources, drawn anew for each Grow step; None for all of D.
+      refuse_unfinished: a sample that max_length cut is not valid, whatever its reward: it would teach not to end.
+      max_repeated_ngrams: nor is one in which more 4-grams than this repeat (`filters.repeated_ngrams`); None for any.
     """
 
     sampling: Sampling
     filter: Filter = Threshold(0.0)
     max_sources: int | None = None
+    refuse_unfinished: bool = False
+    max_repeated_ngrams: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_repeated_ngrams is not None and self.max_repeated_ngrams < 0:
+            raise UserError(f"MAX_REPEATED_NGRAMS is {self.max_repeated_ngrams}; it must be None (any) or 0 or more.")
 
 
 def grow_chunk(
@@ -56,7 +64,7 @@ def grow_chunk(
     seed: jax.Array,
     stream: jax.Array,
     *,
-    keep_filter: Filter,
+    growing: Growing,
     data_shards: int,
     **sample_and_score_kwargs: Any,
 ) -> dict[str, Any]:
@@ -70,8 +78,13 @@ def grow_chunk(
     """
     scored = sample_and_score(params, reward_params, batch, seed, stream, **sample_and_score_kwargs)
     samples, rewards, real = scored["samples"], scored["rewards"], scored["real"]
-    valid = distinct(samples.tokens) & real[:, None]
-    keep = keep_filter(rewards, valid)
+    first = distinct(samples.tokens) & real[:, None]
+    valid = first
+    if growing.refuse_unfinished:
+        valid &= samples.hit_eos
+    if growing.max_repeated_ngrams is not None:
+        valid &= repeated_ngrams(samples.tokens) <= growing.max_repeated_ngrams
+    keep = growing.filter(rewards, valid)
     rows, columns = rewards.shape
     survivors, kept = compact(
         {
@@ -91,7 +104,7 @@ def grow_chunk(
         "survivors": survivors,
         "kept": kept,
         "sources": {"rewards": rewards, "valid": valid, "reference_rewards": scored["reference_rewards"]},
-        "statistics": chunk_statistics(samples=samples, rewards=rewards, real=real, valid=valid),
+        "statistics": chunk_statistics(samples=samples, rewards=rewards, real=real, first=first, valid=valid),
     }
 
 
@@ -122,11 +135,19 @@ def compact(
     return {name: move(field) for name, field in fields.items()}, kept
 
 
-def chunk_statistics(*, samples: Any, rewards: jax.Array, real: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+def chunk_statistics(
+    *, samples: Any, rewards: jax.Array, real: jax.Array, first: jax.Array, valid: jax.Array
+) -> dict[str, jax.Array]:
     """Sums over all samples of real sources, so that chunks add up.
 
+    Args:
+      samples, rewards: of the chunk, `[batch, num_samples]`.
+      real: `[batch]`, False for fillers.
+      first: `[batch, num_samples]`, no copy of an earlier sample of its source.
+      valid: of these, the ones that are not refused.
+
     Returns:
-      count, reward_sum, reward_square_sum, length_sum, hit_eos_count, distinct_count, source_count,
+      count, reward_sum, reward_square_sum, length_sum, hit_eos_count, distinct_count, refused_count, source_count,
       zero_variance_count (sources whose samples all have the same reward), histogram `[100]` of rewards over [0, 1].
     """
     counted = jnp.broadcast_to(real[:, None], rewards.shape)
@@ -139,7 +160,8 @@ def chunk_statistics(*, samples: Any, rewards: jax.Array, real: jax.Array, valid
         "reward_square_sum": jnp.sum(jnp.square(rewards)),
         "length_sum": jnp.sum(samples.lengths * counted, dtype=jnp.int32),
         "hit_eos_count": jnp.sum(samples.hit_eos & counted, dtype=jnp.int32),
-        "distinct_count": jnp.sum(valid, dtype=jnp.int32),
+        "distinct_count": jnp.sum(first, dtype=jnp.int32),
+        "refused_count": jnp.sum(first & ~valid, dtype=jnp.int32),
         "source_count": jnp.sum(real, dtype=jnp.int32),
         "zero_variance_count": jnp.sum((spread == 0) & real, dtype=jnp.int32),
         "histogram": jnp.zeros(HISTOGRAM_BINS, jnp.int32).at[bins].add(counted.astype(jnp.int32)),
@@ -152,7 +174,7 @@ def compile_grow(*, growing: Growing, model: Any, reward: Reward, partitioner: P
     return jax.jit(
         functools.partial(
             grow_chunk,
-            keep_filter=growing.filter,
+            growing=growing,
             data_shards=partitioner.num_batch_shards,
             model=model,
             reward=reward,
@@ -324,6 +346,7 @@ def summarise(chunk_sums: list[dict[str, Any]]) -> dict[str, Any]:
         "count": int(count),
         "sources": int(total["source_count"]),
         "distinct": int(total["distinct_count"]),
+        "refused": int(total["refused_count"]),
         "mean": mean,
         "variance": max(float(total["reward_square_sum"]) / count - mean**2, 0.0),
         "mean_length": float(total["length_sum"]) / count,

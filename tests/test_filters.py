@@ -247,3 +247,17 @@ def test_filters_can_be_static_arguments_of_a_program():
 def test_bad_settings_name_the_field(make, field):
     with pytest.raises(UserError, match=field):
         make()
+
+
+def test_repeated_ngrams_are_counted_as_in_a_plain_loop():
+    samples = np.random.default_rng(0).integers(1, 4, (5, 6, 20)).astype(np.int32)
+    samples *= np.arange(20) < np.random.default_rng(1).integers(0, 21, (5, 6, 1))  # padding after the end
+
+    def count(tokens: list[int], order: int) -> int:
+        ngrams = [tuple(tokens[i : i + order]) for i in range(len(tokens) - order + 1)]
+        return len(ngrams) - len(set(ngrams))
+
+    for order in (2, 4):
+        expected = [[count([t for t in row if t], order) for row in source] for source in samples.tolist()]
+        np.testing.assert_array_equal(filters.repeated_ngrams(samples, order=order), expected)
+    np.testing.assert_array_equal(filters.repeated_ngrams(samples[..., :3], order=4), np.zeros((5, 6)))
