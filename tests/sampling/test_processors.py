@@ -122,10 +122,11 @@ def test_no_impossible_token_is_drawn_where_the_rounding_of_a_long_sum_could_cho
     assert possible[np.arange(4), np.asarray(drawn) // 128].all()
 
 
+# No subnormals: XLA takes them for zero on a CPU, NumPy does not.
 finite_logits = hypothesis.extra.numpy.arrays(
     np.float32,
     st.tuples(st.just(4), st.sampled_from([1, 2, 7, 128, 200])),
-    elements=st.floats(-30, 30, width=32) | st.just(np.float32(NEGATIVE_INFINITY)),
+    elements=st.floats(-30, 30, width=32, allow_subnormal=False) | st.just(np.float32(NEGATIVE_INFINITY)),
 ).filter(lambda logits: (logits.max(axis=1) > NEGATIVE_INFINITY).all())
 
 
