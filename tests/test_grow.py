@@ -109,8 +109,11 @@ def compiled(mesh, keep_filter=KEEP):
     return partitioner, growing, program
 
 
-def run_grow(directory, dataset, *, mesh=ONE_DEVICE, keep_filter=KEEP, stop_requested=lambda: False, **changes):
-    partitioner, growing, program = compiled(mesh, keep_filter)
+def run_grow(
+    directory, dataset, *, mesh=ONE_DEVICE, keep_filter=KEEP, program=None, stop_requested=lambda: False, **changes
+):
+    partitioner, growing, default_program = compiled(mesh, keep_filter)
+    program = program or default_program
     return grow(
         directory=directory,
         growing=dataclasses.replace(growing, **changes),
@@ -215,14 +218,16 @@ def test_statistics_are_those_of_numpy():
         rewards[~real] = np.nan  # whatever a reward makes of an empty sample
         tokens = rng.integers(0, 3, (6, 5, 4)).astype(np.int32)
         samples = Samples.of(jnp.asarray(tokens), jnp.zeros((6, 5)))
-        valid = np.asarray(distinct(tokens)) & real[:, None]
-        sums = jax.jit(chunk_statistics)(samples=samples, rewards=rewards, real=real, valid=valid)
+        first = np.asarray(distinct(tokens)) & real[:, None]
+        valid = first & (tokens == 1).any(-1)
+        sums = jax.jit(chunk_statistics)(samples=samples, rewards=rewards, real=real, first=first, valid=valid)
         chunk_sums.append({name: np.asarray(value).tolist() for name, value in sums.items()})
-        everything.append((rewards[real], tokens[real], valid[real]))
+        everything.append((rewards[real], tokens[real], first[real], valid[real]))
     statistics = summarise(chunk_sums)
-    rewards, tokens, valid = (np.concatenate(parts) for parts in zip(*everything, strict=True))
+    rewards, tokens, first, valid = (np.concatenate(parts) for parts in zip(*everything, strict=True))
     assert statistics["count"] == rewards.size and statistics["sources"] == 9
-    assert statistics["distinct"] == valid.sum()
+    assert statistics["distinct"] == first.sum()
+    assert statistics["refused"] == (first & ~valid).sum() > 0
     # Sums of a chunk are float32.
     np.testing.assert_allclose(statistics["mean"], rewards.mean(dtype=np.float64), rtol=1e-6)
     np.testing.assert_allclose(statistics["variance"], rewards.var(dtype=np.float64), rtol=1e-5)
@@ -230,6 +235,27 @@ def test_statistics_are_those_of_numpy():
     np.testing.assert_allclose(statistics["hit_eos"], (tokens == 1).any(-1).mean())
     np.testing.assert_allclose(statistics["zero_variance_sources"], (np.ptp(rewards, axis=1) == 0).mean())
     np.testing.assert_array_equal(statistics["histogram"], np.histogram(rewards, bins=100, range=(0, 1))[0])
+
+
+def test_unfinished_samples_are_not_valid_where_they_are_refused(grown, dataset, tmp_path):
+    partitioner, growing, _ = compiled(ONE_DEVICE)
+    program = compile_grow(
+        growing=dataclasses.replace(growing, refuse_unfinished=True, max_repeated_ngrams=0),
+        model=MODEL,
+        reward=REWARD,
+        partitioner=partitioner,
+        max_length=LENGTHS["targets"],
+    )
+    statistics = run_grow(tmp_path / "grow_1", dataset, program=program)
+    strict = ScoredStore.open(tmp_path / "grow_1").rows.to_pylist()
+    loose = ScoredStore.open(grown[0]).rows.to_pylist()
+    assert strict == [row for row in loose if row["hit_eos"] and not _has_loop(row)] and 0 < len(strict) < len(loose)
+    assert statistics["refused"] > 0
+
+
+def _has_loop(row):
+    ngrams = [tuple(row["targets"][i : i + 4]) for i in range(len(row["targets"]) - 3)]
+    return len(set(ngrams)) < len(ngrams)
 
 
 def test_statistics_of_nothing_are_refused():
