@@ -394,7 +394,8 @@ class Runner:
             mixture=mixture,
             lengths=self.config.data.lengths,
             mean_reward=self.evaluator.mean_reward,
-            evaluate_first=phase.kind != "bc",
+            # Every policy is measured with the same random numbers, so the phase before has measured this one's start.
+            initial_reward=None if phase.policy is None else self.result(phase.policy)["best_reward"],
             seed=phase_seed(self.config.seed, phase.name),
             progress=progress,
             metrics_writer=self._writer,

@@ -229,7 +229,7 @@ def fit(
     mixture: MixtureSpec,
     lengths: Mapping[str, int],
     mean_reward: Callable[[Params], float],
-    evaluate_first: bool,
+    initial_reward: float | None,
     seed: int,
     progress: ProgressLine,
     metrics_writer: MetricsWriter,
@@ -250,7 +250,8 @@ def fit(
       mixture: the pairs to train on.
       lengths: `{'inputs': S, 'targets': T}`, the rows' lengths in tokens.
       mean_reward: params -> mean reward of samples on D_eval.
-      evaluate_first: measure the initial policy too, so that a phase that only hurts keeps what it was given.
+      initial_reward: what `mean_reward` gave for the initial parameters, when the phase that made them was measured: a
+        phase that only hurts then keeps what it was given. None: the initial parameters are no candidate.
       seed: of data order and dropout.
       progress, metrics_writer, phase: where to report, under which name.
       stop_requested: True after SIGTERM.
@@ -292,9 +293,9 @@ def fit(
         best = best_of(history)[0] if history else None
         checkpoints.save(step, state.as_t5x(), progress={"history": history, "tokens": tokens}, best_step=best)
 
-    def measure() -> None:
+    def measure(known: float | None = None) -> None:
         with progress.paused():
-            reward = mean_reward(state.params)
+            reward = mean_reward(state.params) if known is None else known
             history.append((step, reward))
             # Before the checkpoint: a run killed between the two writes this line again, rather than never.
             metrics_writer.write(phase=phase, step=step, scalars={"eval/reward": reward})
@@ -334,8 +335,8 @@ def fit(
         return len(history) - 1 - history.index(best_of(history)) >= training.patience
 
     try:
-        if step == 0 and evaluate_first and not history:
-            measure()
+        if step == 0 and initial_reward is not None and not history:
+            measure(known=initial_reward)
         while step < training.steps and not out_of_patience():
             batch = partitioner.put_batch(next(batches)[1])
             with partitioner.activation_rules():

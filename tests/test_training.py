@@ -276,16 +276,21 @@ class Died(Exception):
 def run_fit(
     directory: Path, *, rewards: Any = None, stop: Callable[[], bool] = lambda: False, **changes: Any
 ) -> FitResult:
-    """`fit` in `directory / "phase"`; `rewards` gives the n-th measurement, or is a function of the parameters."""
-    options = {"evaluate_first": True, "model": MODEL, "initial_params": make_params, "mixture": MIXTURE} | {
+    """`fit` in `directory / "phase"`; `rewards` gives the n-th measurement, or is a function of the parameters.
+
+    The first is that of the initial parameters, which `start_measured=False` leaves out.
+    """
+    start_measured = changes.pop("start_measured", True)
+    options = {"model": MODEL, "initial_params": make_params, "mixture": MIXTURE} | {
         key: changes.pop(key)
-        for key in ("evaluate_first", "model", "initial_params", "mixture", "training")
+        for key in ("model", "initial_params", "mixture", "training")
         if key in changes
     }
     training = dataclasses.replace(options.pop("training", TRAINING), **changes)
     if rewards is None:
         rewards = lambda params: float(jax.tree.leaves(params)[0].sum())  # noqa: E731
     mean_reward = rewards if callable(rewards) else functools.partial(lambda left, params: next(left), iter(rewards))
+    initial_reward = mean_reward(make_params()) if start_measured else None
     with MetricsWriter(directory) as writer:
         return fit(
             directory=directory / "phase",
@@ -294,6 +299,7 @@ def run_fit(
             abstract_params=jax.eval_shape(make_params),
             lengths={"inputs": LENGTH, "targets": LENGTH},
             mean_reward=mean_reward,
+            initial_reward=initial_reward,
             seed=7,
             progress=ProgressLine("phase", stream=io.StringIO()),
             metrics_writer=writer,
@@ -342,7 +348,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_restored(tmp_path, rewards, best
 
 
 def test_target_tokens_are_those_of_the_batches(tmp_path):
-    result = run_fit(tmp_path, evaluate_first=False)
+    result = run_fit(tmp_path, start_measured=False)
     plan = BatchPlan(MIXTURE, batch_size=ROWS, source_length=LENGTH, target_length=LENGTH, pack=True, seed=7)
     assert result.target_tokens == sum(int(plan.batch(step)["decoder_loss_weights"].sum()) for step in range(12))
     assert [step for step, _ in result.history] == [4, 8, 12]
@@ -362,12 +368,12 @@ def test_training_stops_when_the_reward_no_longer_rises(tmp_path, patience, rewa
     assert result.steps == stopped_at
     assert len(result.history) == len(rewards)
     # Started again it does not go on.
-    again = run_fit(tmp_path, rewards=(), patience=patience)
+    again = run_fit(tmp_path, rewards=(), start_measured=False, patience=patience)
     assert again == result
 
 
 def test_no_steps_measure_and_keep_the_initial_policy(tmp_path):
-    result = run_fit(tmp_path, rewards=(0.25,), steps=0, evaluate_first=False)
+    result = run_fit(tmp_path, rewards=(0.25,), steps=0, start_measured=False)
     assert (result.best_step, result.steps, result.history) == (0, 0, ((0, 0.25),))
     assert_same(load(tmp_path, 0), make_params())
 
@@ -395,7 +401,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_pairs(tmp_pat
     assert bad >= 3, "the poison should not stand in the first batches"
     changes = dict(mixture=mixture, objective=poisoned, batch_size=4, steps=100, eval_period=100, checkpoint_period=2)
     with pytest.raises(FloatingPointError) as error:
-        run_fit(tmp_path, log_period=50, evaluate_first=False, rewards=(), **changes)
+        run_fit(tmp_path, log_period=50, start_measured=False, rewards=(), **changes)
     message = str(error.value)
     assert f"step {bad};" in message and "phase:" in message
     named = {int(number) for number in message.split("[")[1].split("]")[0].split()}
