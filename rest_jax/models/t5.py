@@ -38,6 +38,8 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
 }
 
+REMAT_POLICIES = ("none", "minimal", "full")
+
 # Logical axis names of every parameter: (regex that the END of the 'a/b/c' path must match, axis names).
 PARAM_LOGICAL_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"token_embedder/embedding", ("vocab", "embed")),
@@ -57,7 +59,10 @@ class T5Config:
 
     `vocab_size=None` stands for "the vocabulary's size rounded up to a multiple of 128", which EncoderDecoderModel
     fills in; public T5 checkpoints need 32128. `dtype` is that of the activations; parameters and logits are float32.
-    `logits_via_embedding=True` with `mlp_activations=('relu',)` is T5 1.0.
+    `logits_via_embedding=True` with `mlp_activations=('relu',)` is T5 1.0; `relative_bias_per_layer=True` is UMT5, where
+    every layer has its own table of relative position biases. `scan_layers=True` compiles one layer per stack whatever
+    the depth, on T5X's scalable_t5 tree (see `layer_stacking`). `remat_policy` says what a layer's backward pass
+    computes anew in place of keeping: 'none', 'minimal' (all but the matrix products) or 'full' (everything).
     """
 
     vocab_size: int | None
@@ -73,6 +78,9 @@ class T5Config:
     logits_via_embedding: bool = False
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
+    relative_bias_per_layer: bool = False
+    scan_layers: bool = False
+    remat_policy: str = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
@@ -90,6 +98,14 @@ class T5Config:
             )
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"T5Config.dtype must be 'float32', 'bfloat16' or 'float16'; got {self.dtype!r}.")
+        for name in ("logits_via_embedding", "relative_bias_per_layer", "scan_layers"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"T5Config.{name} must be True or False; got {getattr(self, name)!r}.")
+        if self.remat_policy not in REMAT_POLICIES:
+            raise UserError(
+                f"T5Config.remat_policy must be one of {', '.join(map(repr, REMAT_POLICIES))}; "
+                f"got {self.remat_policy!r}."
+            )
 
 
 def rms_norm(x: Array, scale: Array, *, dtype: Any) -> Array:
