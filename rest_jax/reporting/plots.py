@@ -155,9 +155,10 @@ def reward_histograms(grows: Mapping[int, Mapping[str, Any]]) -> Draw:
             top = max(float(share.max()), 1e-9)
             axes.axvline(stats["mean"], color=theme.ink, linewidth=1.2)
             _vertical_label(axes, stats["mean"], 1.0, f"mean {stats['mean']:.3f}", color=theme.ink, side="left")
-            for x, text, style in _threshold_lines(stats):
+            # Labels on both sides in turn, the last on the right: thresholds can lie close together.
+            for place, (x, text, style) in enumerate(reversed(_threshold_lines(stats))):
                 axes.axvline(x, color=theme.control, linewidth=1.2, linestyle=style)
-                _vertical_label(axes, x, 1.0, text, color=theme.control, side="right")
+                _vertical_label(axes, x, 1.0, text, color=theme.control, side="left" if place % 2 else "right")
             axes.set_ylim(0, 1.6 * top)  # Head room, so that the labels stand above the bars.
             # The tails of a reward are long and empty; nothing is cut that holds more than one sample in a thousand.
             occupied = np.flatnonzero(share >= 0.1)
