@@ -1,7 +1,7 @@
 """Training batches as a pure function of (examples, seed, step), and length groups for sampling.
 
-A `BatchPlan` says which examples stand in which row of which batch; `training_batches` reads it through Grain, whose
-whole state is the next step. Nothing depends on how many processes read or how often a run was stopped.
+A `BatchPlan` says which examples stand in which row of which batch; its `iterator` reads it through Grain, whose whole
+state is the next step. Nothing depends on how many processes read or how often a run was stopped.
 
 An epoch shuffles the mixture's examples by (seed, epoch), packs them into rows, shuffles the rows and deals them evenly
 over the epoch's batches (all have the same number of filled rows, give or take one; empty rows have weight 0).
@@ -287,37 +287,6 @@ class BatchPlan:
             batch["decoder_segment_ids"] = decoder.fill(decoder.segments)
             batch["decoder_positions"] = decoder.fill(decoder.positions)
         return batch
-
-
-def training_batches(
-    mixture: MixtureSpec,
-    *,
-    batch_size: int,
-    source_length: int,
-    target_length: int,
-    pack: bool,
-    seed: int,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_threads: int = 1,
-    prefetch: int = 4,
-) -> grain.DatasetIterator:
-    """An endless iterator of (step, batch): see `BatchPlan` for the arguments and the features.
-
-    The number of target tokens in a batch is the sum of its `decoder_loss_weights`.
-    """
-    plan = BatchPlan(
-        mixture,
-        batch_size=batch_size,
-        source_length=source_length,
-        target_length=target_length,
-        pack=pack,
-        seed=seed,
-        process_index=process_index,
-        process_count=process_count,
-    )
-    return plan.iterator(start_step=start_step, num_threads=num_threads, prefetch=prefetch)
 
 
 def _cut(tokens: Int32Array, length: int) -> Int32Array:

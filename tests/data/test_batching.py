@@ -14,7 +14,6 @@ from rest_jax.data.batching import (
     BatchPlan,
     MixtureSpec,
     length_groups,
-    training_batches,
 )
 from rest_jax.data.packing import pack_rows
 from rest_jax.errors import UserError
@@ -172,16 +171,8 @@ def test_iterator_starts_anywhere_and_resumes(num_threads: int) -> None:
     mixture = MixtureSpec.single(examples(50))
 
     def start(step: int) -> grain.DatasetIterator:
-        return training_batches(
-            mixture,
-            batch_size=4,
-            source_length=16,
-            target_length=20,
-            pack=True,
-            seed=3,
-            start_step=step,
-            num_threads=num_threads,
-        )
+        again = BatchPlan(mixture, batch_size=4, source_length=16, target_length=20, pack=True, seed=3)
+        return again.iterator(start_step=step, num_threads=num_threads)
 
     iterator = start(5)
     for step in range(5, 20):
