@@ -39,7 +39,7 @@ NUM_SOURCES, PER_CHUNK, NUM_SAMPLES = 45, 16, 4  # 3 chunks, the last one in par
 CONFIG = t5.T5Config(
     vocab_size=24, emb_dim=16, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, head_dim=8, mlp_dim=24
 )
-MODEL = EncoderDecoderModel(t5.Transformer(CONFIG), None, SimpleNamespace(vocab_size=VOCAB))
+MODEL = EncoderDecoderModel(t5.Transformer(CONFIG), None, SimpleNamespace(vocab_size=VOCAB, eos_id=1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +217,7 @@ def test_statistics_are_those_of_numpy():
         real = np.arange(6) < real_rows
         rewards[~real] = np.nan  # whatever a reward makes of an empty sample
         tokens = rng.integers(0, 3, (6, 5, 4)).astype(np.int32)
-        samples = Samples.of(jnp.asarray(tokens), jnp.zeros((6, 5)))
+        samples = Samples.of(jnp.asarray(tokens), jnp.zeros((6, 5)), eos_id=1)
         first = np.asarray(distinct(tokens)) & real[:, None]
         valid = first & (tokens == 1).any(-1)
         sums = jax.jit(chunk_statistics)(samples=samples, rewards=rewards, real=real, first=first, valid=valid)

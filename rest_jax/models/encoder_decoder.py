@@ -26,6 +26,9 @@ class SizedVocabulary(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def eos_id(self) -> int: ...
+
 
 # decode_fn(model, params, encoder_input_tokens [B, S], *, num_decodes, max_length, rng, **decoder_params)
 #   -> tokens int32 [B, num_decodes, max_length], scores float32 [B, num_decodes], in any order.

@@ -1,8 +1,9 @@
-"""T5 1.0 / 1.1 as a flax.linen module whose parameter tree is T5X's, name for name.
+"""The T5 family as one flax.linen module whose parameter tree is T5X's, name for name.
 
 Facts (Raffel et al. 2020, arXiv 1910.10683; Shazeer 2020, arXiv 2002.05202): RMS norm without mean or bias, attention
 logits that are not scaled (the query initialiser carries the 1/sqrt(head_dim)), one table of relative position biases
-per stack, gated feed-forward layers, dropout broadcast over length.
+per stack, gated feed-forward layers, dropout broadcast over length. Who differs in what, by T5Config: T5 1.0 (relu,
+logits by the embedding), mT5, ByT5 and MADLAD-400 (sizes alone), UMT5 (Chung et al. 2023: a table per layer).
 
 Shape names in the comments: B batch, S source length, T target length, D emb_dim, H heads, K head_dim, F mlp_dim,
 V vocabulary.
@@ -11,7 +12,6 @@ There is no decoding cache here: rest_jax.sampling decodes with pure functions o
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -22,15 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rest_jax.errors import UserError
+from rest_jax.models.attention import attend, attention_bias, pair_mask, relative_position_bias, repeat_over_batch
 
 Array = jax.Array
 Initializer = Callable[..., Array]
 
 NORM_EPSILON = 1e-6
-# Added to the attention logits of pairs that must not see each other. Finite, so that a row with nothing to see
-# (padding) becomes uniform rather than NaN.
-MASKED_BIAS = -1e10
-
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
     "linear": lambda x: x,
@@ -39,6 +36,9 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 }
 
 REMAT_POLICIES = ("none", "minimal", "full")
+
+# Where the parameters of scanned layers have their layer axis: T5X's param_scan_axis.
+SCAN_AXIS = 1
 
 # Logical axis names of every parameter: (regex that the END of the 'a/b/c' path must match, axis names).
 PARAM_LOGICAL_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -59,10 +59,12 @@ class T5Config:
 
     `vocab_size=None` stands for "the vocabulary's size rounded up to a multiple of 128", which EncoderDecoderModel
     fills in; public T5 checkpoints need 32128. `dtype` is that of the activations; parameters and logits are float32.
-    `logits_via_embedding=True` with `mlp_activations=('relu',)` is T5 1.0; `relative_bias_per_layer=True` is UMT5, where
-    every layer has its own table of relative position biases. `scan_layers=True` compiles one layer per stack whatever
-    the depth, on T5X's scalable_t5 tree (see `layer_stacking`). `remat_policy` says what a layer's backward pass
-    computes anew in place of keeping: 'none', 'minimal' (all but the matrix products) or 'full' (everything).
+    `logits_via_embedding=True` with `mlp_activations=('relu',)` is T5 1.0; `relative_bias_per_layer=True` is UMT5:
+    every layer has its own table of relative position biases.
+
+    `scan_layers=True` compiles one layer per stack however many there are, on T5X's scalable_t5 tree (`layer_stacking`
+    converts). `remat_policy` says what a layer's backward pass computes anew instead of keeping: 'none' keeps all,
+    'minimal' keeps the results of matrix products with a kernel, 'full' keeps the layer's input alone.
     """
 
     vocab_size: int | None
@@ -113,101 +115,6 @@ def rms_norm(x: Array, scale: Array, *, dtype: Any) -> Array:
     x = x.astype(jnp.float32)
     inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + NORM_EPSILON)
     return (x * inverse_rms * scale).astype(dtype)
-
-
-def relative_position_bucket(
-    relative_position: np.ndarray, *, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
-) -> np.ndarray:
-    """Bucket of each offset (key position - query position).
-
-    Half of the buckets are exact small offsets, the other half grow logarithmically up to max_distance, beyond which
-    all share the last one. Bidirectional: the first half of all buckets serves keys at or before the query, the second
-    half keys after it. Otherwise keys after the query fall in bucket 0. Runs on the host in numpy: lengths are static.
-    """
-    offset = np.asarray(relative_position, np.int32)
-    first = np.zeros_like(offset)
-    if bidirectional:
-        num_buckets //= 2
-        first = np.where(offset > 0, num_buckets, 0).astype(np.int32)
-        distance = np.abs(offset)
-    else:
-        distance = np.maximum(-offset, 0)
-    num_exact = num_buckets // 2
-    # float32 like the original, so that offsets on a bucket's edge fall on the same side.
-    log_ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(num_exact) + np.finfo(np.float32).eps)
-    log_ratio = log_ratio / np.log(np.float32(max_distance / num_exact))
-    logarithmic = num_exact + (log_ratio * (num_buckets - num_exact)).astype(np.int32)
-    logarithmic = np.minimum(logarithmic, num_buckets - 1)
-    return first + np.where(distance < num_exact, distance, logarithmic).astype(np.int32)
-
-
-def relative_position_bias(
-    rel_embedding: Array, query_length: int, key_length: int, *, bidirectional: bool, max_distance: int
-) -> Array:
-    """Bias of every (query, key) pair of positions. [H, num_buckets] -> [1, H, query_length, key_length]."""
-    num_heads, num_buckets = rel_embedding.shape
-    # The bias depends on key - query alone: look up one value per offset and lay the diagonals out by reshaping, so
-    # that the gradient is a sum over a skewed view rather than a scatter of query_length * key_length elements.
-    # Entry m of `offsets` is the offset with key - query = m (mod period).
-    period = query_length + key_length
-    offsets = np.arange(period)
-    offsets = np.where(offsets < key_length, offsets, offsets - period)
-    buckets = relative_position_bucket(
-        offsets, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance
-    )
-    # [H, num_buckets] -> [H, period]
-    by_offset = jnp.take(rel_embedding, buckets, axis=1)
-    # Each row of length period - 1 of the repeated table starts one entry earlier (mod period) than the row above.
-    tiled = jnp.broadcast_to(by_offset[:, None, :], (num_heads, query_length, period)).reshape(num_heads, -1)
-    skewed = tiled[:, : query_length * (period - 1)].reshape(num_heads, query_length, period - 1)
-    return skewed[None, :, :, :key_length]
-
-
-def attention_bias(mask: Array) -> Array:
-    """[B, 1, T, S] bool, True = may attend -> float32 to add to the attention logits."""
-    return jnp.where(mask, 0.0, MASKED_BIAS).astype(jnp.float32)
-
-
-def pair_mask(
-    query_valid: Array, key_valid: Array, query_segment_ids: Array | None, key_segment_ids: Array | None
-) -> Array:
-    """Pairs that are both real tokens and, in packed rows, of one segment. [B, T], [B, S] -> bool [B, 1, T, S]."""
-    mask = query_valid[:, :, None] & key_valid[:, None, :]
-    if query_segment_ids is not None and key_segment_ids is not None:
-        mask &= query_segment_ids[:, :, None] == key_segment_ids[:, None, :]
-    return mask[:, None, :, :]
-
-
-def attend(query: Array, key: Array, value: Array, bias: Array) -> Array:
-    """softmax(query · key + bias) · value, the softmax in float32 whatever the activations are.
-
-    [B, T, H, K], [B, S, H, K], [B, S, H, K], bias [B or 1, H or 1, T, S] -> [B, T, H, K]
-    """
-    logits = jnp.einsum("bqhk,bshk->bhqs", query, key, preferred_element_type=jnp.float32) + bias
-    # Divided by the sum after the product with the values: T*K divisions in place of T*S, in the gradient as well, and
-    # no normalised copy of the [B, H, T, S] weights.
-    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-    sums = jnp.sum(weights, axis=-1).swapaxes(1, 2)[..., None]
-    outputs = jnp.einsum("bhqs,bshk->bqhk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return (outputs / sums).astype(value.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def repeat_over_batch(x: Array, batch_size: int) -> Array:
-    """[1, ...] -> [batch_size, ...]. The gradient sums over the batch by a matrix product, 5 times faster on CPU."""
-    return jnp.broadcast_to(x, (batch_size, *x.shape[1:]))
-
-
-def _repeat_forward(x: Array, batch_size: int) -> tuple[Array, None]:
-    return repeat_over_batch(x, batch_size), None
-
-
-def _repeat_backward(batch_size: int, _: None, cotangent: Array) -> tuple[Array]:
-    ones = jnp.ones((1, batch_size), cotangent.dtype)
-    return (jnp.tensordot(ones, cotangent, axes=1, precision=jax.lax.Precision.HIGHEST),)
-
-
-repeat_over_batch.defvjp(_repeat_forward, _repeat_backward)
 
 
 def _variance_scaling(
@@ -312,32 +219,37 @@ class Mlp(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """The table of one stack."""
+    """The table of one stack, or of one layer of UMT5."""
 
     config: T5Config
     bidirectional: bool
 
     @nn.compact
-    def __call__(self, query_length: int, key_length: int) -> Array:
-        shape = (self.config.num_heads, self.config.relative_attention_num_buckets)
+    def __call__(self, mask_bias: Array) -> Array:
+        """Adds the bias of every pair of positions. [B, 1, T, S] -> [B, H, T, S]."""
+        config = self.config
+        shape = (config.num_heads, config.relative_attention_num_buckets)
         table = self.param("rel_embedding", _variance_scaling("uniform", mode="fan_avg"), shape, jnp.float32)
-        return relative_position_bias(
+        bias = relative_position_bias(
             table,
-            query_length,
-            key_length,
+            *mask_bias.shape[2:],
             bidirectional=self.bidirectional,
-            max_distance=self.config.relative_attention_max_distance,
+            max_distance=config.relative_attention_max_distance,
         )
+        return repeat_over_batch(bias, mask_bias.shape[0]) + mask_bias
 
 
 class EncoderLayer(nn.Module):
     """Self-attention and feed-forward, each with a norm before and a residual around it."""
 
     config: T5Config
+    enable_dropout: bool
 
     @nn.compact
-    def __call__(self, x: Array, bias: Array, enable_dropout: bool) -> Array:
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
+    def __call__(self, x: Array, bias: Array) -> Array:
+        config, dtype, enable_dropout = self.config, jnp.dtype(self.config.dtype), self.enable_dropout
+        if config.relative_bias_per_layer:
+            bias = RelativePositionBias(config, bidirectional=True, name="relpos_bias")(bias)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         y = LayerNorm(dtype, name="pre_attention_layer_norm")(x)
         y = Attention(config, name="attention")(y, y, bias, enable_dropout)
@@ -351,10 +263,13 @@ class DecoderLayer(nn.Module):
     """Self-attention, cross-attention and feed-forward, each with a norm before and a residual around it."""
 
     config: T5Config
+    enable_dropout: bool
 
     @nn.compact
-    def __call__(self, x: Array, encoded: Array, bias: Array, cross_bias: Array, enable_dropout: bool) -> Array:
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
+    def __call__(self, x: Array, encoded: Array, bias: Array, cross_bias: Array) -> Array:
+        config, dtype, enable_dropout = self.config, jnp.dtype(self.config.dtype), self.enable_dropout
+        if config.relative_bias_per_layer:
+            bias = RelativePositionBias(config, bidirectional=False, name="relpos_bias")(bias)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         y = LayerNorm(dtype, name="pre_self_attention_layer_norm")(x)
         y = Attention(config, name="self_attention")(y, y, bias, enable_dropout)
@@ -365,6 +280,45 @@ class DecoderLayer(nn.Module):
         y = LayerNorm(dtype, name="pre_mlp_layer_norm")(x)
         y = Mlp(config, name="mlp")(y, enable_dropout)
         return x + Dropout(config.dropout_rate)(y, enable_dropout)
+
+
+# What a layer's backward pass finds kept: T5X's policies by name.
+_KEPT_BY_POLICY: Mapping[str, Callable[..., bool] | None] = {
+    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": None,
+}
+
+
+def _apply_layers(
+    layer_class: type[nn.Module],
+    x: Array,
+    *inputs: Array,
+    config: T5Config,
+    num_layers: int,
+    enable_dropout: bool,
+    scanned_name: str,
+) -> Array:
+    """`x` through the layers of a stack, each of which also reads `inputs`. Called inside the stack's module.
+
+    The layers are the modules `layers_0`, `layers_1`, ..., or with `scan_layers` one module `scanned_name` whose
+    parameters have a layer axis at SCAN_AXIS.
+    """
+    if config.remat_policy != "none":
+        # Inside a scan nothing is common to two layers that the compiler could find.
+        kept = _KEPT_BY_POLICY[config.remat_policy]
+        layer_class = nn.remat(layer_class, policy=kept, prevent_cse=not config.scan_layers)
+    if not config.scan_layers:
+        for index in range(num_layers):
+            x = layer_class(config, enable_dropout, name=f"layers_{index}")(x, *inputs)
+        return x
+    scan = nn.scan(
+        lambda layer, carry, *inputs: (layer(carry, *inputs), None),
+        variable_axes={"params": SCAN_AXIS},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=num_layers,
+    )
+    return scan(layer_class(config, enable_dropout, name=scanned_name), x, *inputs)[0]
 
 
 class TokenEmbedder(nn.Module):
@@ -399,12 +353,19 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array, enable_dropout: bool) -> Array:
         config = self.config
-        length = x.shape[1]
-        bias = RelativePositionBias(config, bidirectional=True, name="relpos_bias")(length, length)
-        bias = repeat_over_batch(bias, x.shape[0]) + attention_bias(mask)
+        bias = attention_bias(mask)
+        if not config.relative_bias_per_layer:
+            bias = RelativePositionBias(config, bidirectional=True, name="relpos_bias")(bias)
         x = Dropout(config.dropout_rate)(x, enable_dropout)
-        for index in range(config.num_encoder_layers):
-            x = EncoderLayer(config, name=f"layers_{index}")(x, bias, enable_dropout)
+        x = _apply_layers(
+            EncoderLayer,
+            x,
+            bias,
+            config=config,
+            num_layers=config.num_encoder_layers,
+            enable_dropout=enable_dropout,
+            scanned_name="encoder",
+        )
         x = LayerNorm(jnp.dtype(config.dtype), name="encoder_norm")(x)
         return Dropout(config.dropout_rate)(x, enable_dropout)
 
@@ -417,13 +378,21 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x: Array, encoded: Array, mask: Array, cross_mask: Array, enable_dropout: bool) -> Array:
         config = self.config
-        length = x.shape[1]
-        bias = RelativePositionBias(config, bidirectional=False, name="relpos_bias")(length, length)
-        bias = repeat_over_batch(bias, x.shape[0]) + attention_bias(mask)
-        cross_bias = attention_bias(cross_mask)
+        bias = attention_bias(mask)
+        if not config.relative_bias_per_layer:
+            bias = RelativePositionBias(config, bidirectional=False, name="relpos_bias")(bias)
         x = Dropout(config.dropout_rate)(x, enable_dropout)
-        for index in range(config.num_decoder_layers):
-            x = DecoderLayer(config, name=f"layers_{index}")(x, encoded, bias, cross_bias, enable_dropout)
+        x = _apply_layers(
+            DecoderLayer,
+            x,
+            encoded,
+            bias,
+            attention_bias(cross_mask),
+            config=config,
+            num_layers=config.num_decoder_layers,
+            enable_dropout=enable_dropout,
+            scanned_name="decoder",
+        )
         x = LayerNorm(jnp.dtype(config.dtype), name="decoder_norm")(x)
         x = Dropout(config.dropout_rate)(x, enable_dropout)
         if config.logits_via_embedding:

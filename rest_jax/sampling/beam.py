@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rest_jax.models import t5
 from rest_jax.sampling import decoder
 from rest_jax.sampling.processors import NEGATIVE_INFINITY, legal_tokens
-from rest_jax.sampling.samples import EOS_ID, PAD_ID, Samples
+from rest_jax.sampling.samples import PAD_ID, Samples
 
 # A log-probability or score below it has a masked token in it; no product of real ones comes near.
 IMPOSSIBLE = NEGATIVE_INFINITY / 1e6
@@ -41,6 +41,7 @@ def beam_decode(
     alpha: float,
     max_length: int,
     vocab_size: int,
+    eos_id: int,
 ) -> Samples:
     """The `num_best` translations with the highest length-penalised log-probability that a beam finds.
 
@@ -59,6 +60,7 @@ def beam_decode(
       alpha: of the length penalty; 0 for none.
       max_length: most tokens, incl. EOS.
       vocab_size: ids the vocabulary has.
+      eos_id: the token that ends a hypothesis.
 
     Returns:
       Samples `[batch, num_best, max_length]`, best first; `log_probs` are not length-penalised.
@@ -93,7 +95,7 @@ def beam_decode(
         parents, tokens = flat // embedding_size, (flat % embedding_size).astype(jnp.int32)
         extended = jnp.take_along_axis(beams.live_tokens, parents[:, :, None], axis=1)
         extended = jax.lax.dynamic_update_slice_in_dim(extended, tokens[:, :, None], beams.position, axis=2)
-        ends = tokens == EOS_ID
+        ends = tokens == eos_id
 
         among_best = jnp.arange(2 * beam_size) < beam_size
         accepted = ends & among_best & (top > IMPOSSIBLE)
@@ -105,7 +107,6 @@ def beam_decode(
 
         live_log_probs, chosen = jax.lax.top_k(jnp.where(ends, NEGATIVE_INFINITY, top), beam_size)
         parents = _choose(parents, chosen)
-        reorder = lambda leaf: jnp.take_along_axis(leaf, parents[:, :, None, None, None], axis=1)  # noqa: E731
         return _Beams(
             position=beams.position + 1,
             live_tokens=_choose(extended, chosen),
@@ -113,7 +114,7 @@ def beam_decode(
             ended_tokens=ended_tokens,
             ended_log_probs=ended_log_probs,
             ended_scores=ended_scores,
-            cache=jax.tree.map(reorder, cache),
+            cache=decoder.reorder_cache(cache, parents),
         )
 
     empty = jnp.full((batch, beam_size, max_length), PAD_ID, jnp.int32)
@@ -142,7 +143,7 @@ def beam_decode(
     possible = log_probs > IMPOSSIBLE
     tokens = jnp.where((real[:, None] & possible)[:, :, None], tokens, PAD_ID)
     log_probs = jnp.where(real[:, None], jnp.where(possible, log_probs, NEGATIVE_INFINITY), 0.0)
-    return Samples.of(tokens, log_probs)
+    return Samples.of(tokens, log_probs, eos_id=eos_id)
 
 
 def _choose(values: jax.Array, chosen: jax.Array) -> jax.Array:

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rest_jax.data.vocabulary import EOS_ID
 from rest_jax.models import t5
 from rest_jax.sampling import decoder
 from rest_jax.sampling.beam import beam_decode
 from rest_jax.sampling.processors import NEGATIVE_INFINITY, LogitProcessing, draw, legal_tokens
-from rest_jax.sampling.samples import EOS_ID, PAD_ID, Samples
+from rest_jax.sampling.samples import PAD_ID, Samples
 
 
 class _Loop(NamedTuple):
@@ -59,7 +60,7 @@ def decode(
     Padding (id 0) and ids past the vocabulary are never produced.
 
     Args:
-      model: an `EncoderDecoderModel` around our T5.
+      model: an `EncoderDecoderModel` around our T5. A sample ends with its output vocabulary's `eos_id`.
       params: T5X's tree.
       encoder_input_tokens: `[batch, source_length]`. A row of padding alone is a filler: it costs no extra steps.
       source_ids: `[batch]`, see `sample_keys`.
@@ -79,6 +80,7 @@ def decode(
     )
     vocabulary = model.output_vocabulary
     vocab_size = config.vocab_size if vocabulary is None else vocabulary.vocab_size
+    eos_id = EOS_ID if vocabulary is None else vocabulary.eos_id
     if beam_size:
         return beam_decode(
             params,
@@ -90,6 +92,7 @@ def decode(
             alpha=beam_alpha,
             max_length=max_length,
             vocab_size=vocab_size,
+            eos_id=eos_id,
         )
     return decode_samples(
         params,
@@ -100,6 +103,7 @@ def decode(
         max_length=max_length,
         processing=processing,
         vocab_size=vocab_size,
+        eos_id=eos_id,
     )
 
 
@@ -113,11 +117,12 @@ def decode_samples(
     max_length: int,
     processing: LogitProcessing,
     vocab_size: int,
+    eos_id: int,
 ) -> Samples:
     """Draws from encoded sources `[batch, source_length, emb_dim]` with keys `[batch, num_samples]`, see `decode`.
 
     The loop ends when every sample has ended. `vocab_size` is how many ids the vocabulary has; the embedding may be
-    padded past it.
+    padded past it. `eos_id` is the token that ends a sample.
     """
     batch, num_samples = keys.shape
     params = decoder.cast_params(params, config.dtype)
@@ -145,7 +150,7 @@ def decode_samples(
             last=token,
             tokens=jax.lax.dynamic_update_slice_in_dim(loop.tokens, token[None], loop.position, axis=0),
             log_probs=loop.log_probs + jnp.where(loop.ended, 0.0, log_prob),
-            ended=loop.ended | (token == EOS_ID),
+            ended=loop.ended | (token == eos_id),
             cache=cache,
         )
 
@@ -163,4 +168,4 @@ def decode_samples(
         ),
     )
     tokens = end.tokens.transpose(1, 2, 0)  # [batch, num_samples, max_length]
-    return Samples.of(tokens, end.log_probs)
+    return Samples.of(tokens, end.log_probs, eos_id=eos_id)

@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-PAD_ID, EOS_ID = 0, 1
+PAD_ID = 0
 
 
 @flax.struct.dataclass
@@ -15,10 +15,10 @@ class Samples:
     hit_eos: jax.Array  # [batch, num_samples] bool: False when max_length cut the sample
 
     @classmethod
-    def of(cls, tokens: jax.Array, log_probs: jax.Array) -> "Samples":
+    def of(cls, tokens: jax.Array, log_probs: jax.Array, *, eos_id: int) -> "Samples":
         return cls(
             tokens=tokens,
             log_probs=log_probs,
             lengths=jnp.sum(tokens != PAD_ID, axis=-1, dtype=jnp.int32),
-            hit_eos=jnp.any(tokens == EOS_ID, axis=-1),
+            hit_eos=jnp.any(tokens == eos_id, axis=-1),
         )

@@ -156,12 +156,14 @@ def test_impossible_arguments_name_the_macro(kwargs, match):
 def test_vocab_size_comes_from_the_vocabulary():
     sizes = dict(emb_dim=16, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, head_dim=4, mlp_dim=24)
     module = t5.Transformer(t5.T5Config(vocab_size=None, **sizes))
-    model = EncoderDecoderModel(module, SimpleNamespace(vocab_size=100), SimpleNamespace(vocab_size=129))
+    model = EncoderDecoderModel(
+        module, SimpleNamespace(vocab_size=100, eos_id=1), SimpleNamespace(vocab_size=129, eos_id=1)
+    )
     assert model.module.config.vocab_size == 256
     with pytest.raises(UserError, match="VOCABULARY"):
         EncoderDecoderModel(module, None, None)
     with pytest.raises(UserError, match="smaller than the vocabulary"):
-        EncoderDecoderModel(t5.Transformer(CONFIG), None, SimpleNamespace(vocab_size=51))
+        EncoderDecoderModel(t5.Transformer(CONFIG), None, SimpleNamespace(vocab_size=51, eos_id=1))
 
 
 def test_initial_variables_are_a_function_of_the_key_alone():
@@ -230,7 +232,7 @@ def clean_gin():
 def test_every_model_file_builds(name, clean_gin):
     published = {"t5_1_1_small": 76_961_152, "t5_1_1_xxl": 11_135_332_352}
     gin.parse_config_file(str(GIN_MODELS / f"{name}.gin"))
-    gin.bind_parameter("VOCABULARY/macro.value", SimpleNamespace(vocab_size=1000))
+    gin.bind_parameter("VOCABULARY/macro.value", SimpleNamespace(vocab_size=1000, eos_id=1))
     model = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
     shapes = {"encoder_input_tokens": (1, 1), "decoder_input_tokens": (1, 1)}
     variables = jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), shapes))

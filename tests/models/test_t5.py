@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rest_jax.errors import UserError
-from rest_jax.models import t5
+from rest_jax.models import attention, t5
 
 TINY = t5.T5Config(
     vocab_size=50, emb_dim=16, num_heads=2, num_encoder_layers=2, num_decoder_layers=2, head_dim=4, mlp_dim=24
@@ -64,10 +64,10 @@ def test_tree_is_t5x_name_for_name():
     for stack in ("encoder", "decoder"):
         for layer in (0, 1):
             prefix = f"{stack}/layers_{layer}"
-            for attention in attentions[stack]:
+            for name in attentions[stack]:
                 for projection in ("query", "key", "value"):
-                    expected[f"{prefix}/{attention}/{projection}/kernel"] = (16, 8)
-                expected[f"{prefix}/{attention}/out/kernel"] = (8, 16)
+                    expected[f"{prefix}/{name}/{projection}/kernel"] = (16, 8)
+                expected[f"{prefix}/{name}/out/kernel"] = (8, 16)
             for norm in norms[stack]:
                 expected[f"{prefix}/{norm}/scale"] = (16,)
             expected |= {f"{prefix}/mlp/{name}/kernel": (16, 24) for name in ("wi_0", "wi_1")}
@@ -111,7 +111,7 @@ def dense_reference(params, config, source, target_in):
         offset = np.arange(length)[None, :] - np.arange(length)[:, None]
         return table[:, bucket_by_rule(offset, bidirectional)]
 
-    def attention(p, x, y, logit_bias):
+    def attend(p, x, y, logit_bias):
         def split(z, kernel):
             return (z @ kernel).reshape(*z.shape[:2], heads, width)
 
@@ -132,7 +132,7 @@ def dense_reference(params, config, source, target_in):
     for i in range(config.num_encoder_layers):
         p = encoder[f"layers_{i}"]
         y = norm(x, p["pre_attention_layer_norm"]["scale"])
-        x = x + attention(p["attention"], y, y, encoder_bias)
+        x = x + attend(p["attention"], y, y, encoder_bias)
         x = x + mlp(p["mlp"], norm(x, p["pre_mlp_layer_norm"]["scale"]))
     encoded = norm(x, encoder["encoder_norm"]["scale"])
     x, length = embedding[target_in], target_in.shape[1]
@@ -141,9 +141,9 @@ def dense_reference(params, config, source, target_in):
     for i in range(config.num_decoder_layers):
         p = decoder[f"layers_{i}"]
         y = norm(x, p["pre_self_attention_layer_norm"]["scale"])
-        x = x + attention(p["self_attention"], y, y, decoder_bias)
+        x = x + attend(p["self_attention"], y, y, decoder_bias)
         y = norm(x, p["pre_cross_attention_layer_norm"]["scale"])
-        x = x + attention(p["encoder_decoder_attention"], y, encoded, 0.0)
+        x = x + attend(p["encoder_decoder_attention"], y, encoded, 0.0)
         x = x + mlp(p["mlp"], norm(x, p["pre_mlp_layer_norm"]["scale"]))
     return norm(x, decoder["decoder_norm"]["scale"]) @ decoder["logits_dense"]["kernel"]
 
@@ -181,7 +181,7 @@ def test_logits_are_those_of_a_float64_reference():
 def test_buckets_follow_the_rule(bidirectional):
     # Powers of two times 8 or 16 lie on an edge, where float32 and float64 may differ; the original is float32.
     offset = np.array([d for d in range(-200, 201) if abs(d) not in (16, 32, 64, 128)])
-    ours = t5.relative_position_bucket(offset, bidirectional=bidirectional)
+    ours = attention.relative_position_bucket(offset, bidirectional=bidirectional)
     np.testing.assert_array_equal(ours, bucket_by_rule(offset, bidirectional))
 
 
@@ -189,11 +189,11 @@ def test_buckets_follow_the_rule(bidirectional):
 def test_bias_and_its_gradient_are_those_of_a_gather(query_length, key_length):
     table = jax.random.normal(jax.random.key(0), (2, 32))
     offset = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
-    buckets = t5.relative_position_bucket(offset, bidirectional=True)
+    buckets = attention.relative_position_bucket(offset, bidirectional=True)
     weights = jax.random.normal(jax.random.key(1), (2, query_length, key_length))
 
     def ours(table):
-        bias = t5.relative_position_bias(table, query_length, key_length, bidirectional=True, max_distance=128)
+        bias = attention.relative_position_bias(table, query_length, key_length, bidirectional=True, max_distance=128)
         return jnp.sum(bias[0] * weights), bias[0]
 
     gradient, bias = jax.grad(ours, has_aux=True)(table)
@@ -208,7 +208,7 @@ def test_attention_is_softmax_attention_with_its_gradient():
     table = jax.random.normal(keys[3], (1, 2, 5, 5))
 
     def ours(*x):
-        return jnp.sum(jnp.sin(t5.attend(*x[:3], t5.repeat_over_batch(x[3], 2))))
+        return jnp.sum(jnp.sin(attention.attend(*x[:3], attention.repeat_over_batch(x[3], 2))))
 
     def plain(query, key, value, table):
         weights = jax.nn.softmax(jnp.einsum("bqhk,bshk->bhqs", query, key) + table, axis=-1)

@@ -51,11 +51,11 @@ class Tiny:
 
 
 @functools.cache
-def make_tiny(*, vocab=VOCAB, embedding=EMBEDDING, seed=0, eos_scale=1.0, **kwargs) -> Tiny:
+def make_tiny(*, vocab=VOCAB, embedding=EMBEDDING, eos=1, seed=0, eos_scale=1.0, **kwargs) -> Tiny:
     """`eos_scale` above 1 scales EOS's logit, so that some prefixes end almost surely and others almost never."""
     sizes = dict(emb_dim=16, num_heads=2, num_encoder_layers=1, num_decoder_layers=2, head_dim=8, mlp_dim=24)
     config = t5.T5Config(vocab_size=embedding, **{**sizes, **kwargs})
-    model = EncoderDecoderModel(t5.Transformer(config), None, SimpleNamespace(vocab_size=vocab))
+    model = EncoderDecoderModel(t5.Transformer(config), None, SimpleNamespace(vocab_size=vocab, eos_id=eos))
     shapes = {"encoder_input_tokens": (1, 1), "decoder_input_tokens": (1, 1)}
     params = jax.jit(lambda key: model.get_initial_variables(key, shapes)["params"])(jax.random.key(seed))
     rng = np.random.default_rng(seed)
@@ -64,7 +64,7 @@ def make_tiny(*, vocab=VOCAB, embedding=EMBEDDING, seed=0, eos_scale=1.0, **kwar
         names = [key.key for key in path]
         spread = {"scale": 0.3, "rel_embedding": 1.0}.get(names[-1], 0.05)
         leaf = leaf + spread * rng.normal(size=leaf.shape).astype(np.float32)
-        return leaf.at[:, 1].multiply(eos_scale) if "logits_dense" in names else leaf
+        return leaf.at[:, eos].multiply(eos_scale) if "logits_dense" in names else leaf
 
     return Tiny(model, jax.tree_util.tree_map_with_path(stir, params))
 

@@ -64,6 +64,9 @@ VARIANTS = {
     "T5 1.1": {},
     "T5 1.0": dict(logits_via_embedding=True, mlp_activations=("relu",)),
     "few buckets": dict(relative_attention_num_buckets=8, relative_attention_max_distance=20),
+    "UMT5": dict(relative_bias_per_layer=True),
+    "scanned": dict(scan_layers=True, num_encoder_layers=2, num_decoder_layers=3),
+    "scanned UMT5": dict(scan_layers=True, relative_bias_per_layer=True, num_decoder_layers=3),
 }
 
 
@@ -171,6 +174,7 @@ def test_more_samples_cost_less_memory_than_their_sources_would():
                 max_length=4,
                 processing=LogitProcessing(),
                 vocab_size=27,
+                eos_id=1,
             )
 
         keys = sample_keys(seed=0, stream=0, source_ids=np.arange(1), num_samples=num_samples)
