@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rest_jax.errors import UserError
-from rest_jax.models.t5 import PARAM_LOGICAL_AXES
+from rest_jax.models.t5 import PARAM_LOGICAL_AXES, SCAN_AXIS, SCANNED_STACK
 
 MESH_AXES = ("replica", "data", "model")
 BATCH_AXES = ("replica", "data")
@@ -92,7 +92,7 @@ def standard_logical_axis_rules(
         rules.append(("embed", "model"))
     if parameter_partitioning_dims == 2:
         rules.append(("embed", "data"))
-    rules += [(name, None) for name in ("embed", "kv", "length", "relpos_buckets")]
+    rules += [(name, None) for name in ("embed", "kv", "layers", "length", "relpos_buckets")]
     return tuple(rules)
 
 
@@ -208,6 +208,8 @@ def param_logical_axes(path: str) -> tuple[str, ...] | None:
     """Logical axis names of the parameter whose name ends the path 'a/b/c'; None for a path of no parameter."""
     for pattern, axes in PARAM_LOGICAL_AXES:
         if re.search(rf"(?:^|[/_]){pattern}$", path):
+            if re.search(SCANNED_STACK, path):
+                return (*axes[:SCAN_AXIS], "layers", *axes[SCAN_AXIS:])
             return axes
     return None
 

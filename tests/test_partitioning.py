@@ -114,6 +114,9 @@ def test_every_parameter_has_logical_axes_of_its_rank():
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         axes = param_logical_axes(name)
         assert axes is not None and len(axes) == leaf.ndim, name
+    assert param_logical_axes("encoder/encoder/attention/query/kernel") == ("embed", "layers", "joined_kv")
+    assert param_logical_axes("0/mu/decoder/decoder/pre_mlp_layer_norm/scale") == ("embed", "layers")
+    assert param_logical_axes("decoder/decoder/relpos_bias/rel_embedding") == ("heads", "layers", "relpos_buckets")
     assert param_logical_axes("count") is None
     assert param_logical_axes("decoder/my_logits_dense_2/kernel") is None
 

@@ -37,7 +37,9 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 
 REMAT_POLICIES = ("none", "minimal", "full")
 
-# Where the parameters of scanned layers have their layer axis: T5X's param_scan_axis.
+# Scanned layers: what their parameters' paths hold, and where the parameters have their layer axis (T5X's
+# param_scan_axis).
+SCANNED_STACK = r"(?:^|/)(?:encoder/encoder|decoder/decoder)/"
 SCAN_AXIS = 1
 
 # Logical axis names of every parameter: (regex that the END of the 'a/b/c' path must match, axis names).
