@@ -15,6 +15,7 @@ import optax
 
 from rest_jax.checkpoints.checkpointer import PhaseCheckpoints
 from rest_jax.data.batching import BatchPlan, MixtureSpec
+from rest_jax.data.vocabulary import eos_id_of
 from rest_jax.errors import Preempted, UserError
 from rest_jax.objectives import Objective, bc
 from rest_jax.optimizers import MakeOptimizer, MakeSchedule, adamw, cosine
@@ -281,6 +282,7 @@ def fit(
         target_length=lengths["targets"],
         pack=training.pack,
         seed=seed,
+        eos_id=eos_id_of(model.output_vocabulary),
     )
     batches = plan.iterator(start_step=step)
     dropout_key = jax.random.key(seed)

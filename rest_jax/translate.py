@@ -16,7 +16,7 @@ import numpy as np
 from rest_jax import run_files
 from rest_jax.checkpoints import checkpointer
 from rest_jax.data.batching import length_groups
-from rest_jax.data.vocabulary import EOS_ID, SentencePieceVocabulary
+from rest_jax.data.vocabulary import Vocabulary
 from rest_jax.errors import UserError
 from rest_jax.partitioning import Partitioner
 from rest_jax.rest import phase_directory
@@ -45,7 +45,7 @@ class Translator:
     """A policy that translates text.
 
     Attributes:
-      model: with T5X's methods; its vocabularies are `SentencePieceVocabulary`s.
+      model: with T5X's methods; its vocabularies are `data.vocabulary`'s.
       params: the policy's.
       partitioner: the mesh.
       sampling: how many translations of a line, and how.
@@ -97,8 +97,8 @@ class Translator:
     def _block(
         self, program: Callable[..., Samples], block: Sequence[str], *, first: int, on_cut: Callable[[int], None]
     ) -> list[Translation]:
-        source_vocabulary: SentencePieceVocabulary = self.model.input_vocabulary
-        target_vocabulary: SentencePieceVocabulary = self.model.output_vocabulary
+        source_vocabulary: Vocabulary = self.model.input_vocabulary
+        target_vocabulary: Vocabulary = self.model.output_vocabulary
         empty = [""] * self.sampling.num_samples
         results = [Translation(line, tuple(empty), (0.0,) * len(empty)) for line in block]
         filled = np.asarray([index for index, line in enumerate(block) if line.strip()], np.int64)
@@ -106,10 +106,10 @@ class Translator:
             return results
         tokens = []
         for index in filled:
-            ids = [*source_vocabulary.encode(self.prefix + block[index].strip()), EOS_ID]
+            ids = [*source_vocabulary.encode(self.prefix + block[index].strip()), source_vocabulary.eos_id]
             if len(ids) > self.source_length:
                 on_cut(first + int(index) + 1)
-                ids = [*ids[: self.source_length - 1], EOS_ID]
+                ids = [*ids[: self.source_length - 1], source_vocabulary.eos_id]
             tokens.append(ids)
         rows = self.sampling.sources_per_chunk
         groups = length_groups(

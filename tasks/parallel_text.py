@@ -21,18 +21,21 @@ import seqio
 import tensorflow as tf
 
 from rest_jax import paths
+from rest_jax.data import seqio_tasks
+from rest_jax.data.vocabulary import Vocabulary
 from rest_jax.errors import UserError
 from rest_jax.tasks import text_sources
 
 FilePath = str | os.PathLike[str]
 SplitFiles = FilePath | tuple[FilePath, FilePath]
+AnyVocabulary = FilePath | Vocabulary | seqio.Vocabulary
 
 
 def register_parallel_text(
     name: str,
     *,
     splits: Mapping[str, SplitFiles],
-    vocabulary: FilePath | seqio.Vocabulary,
+    vocabulary: AnyVocabulary,
     prefix: str = "",
     source_column: int = 0,
     target_column: int = 1,
@@ -46,8 +49,9 @@ def register_parallel_text(
     Args:
       name: task name, unique in seqio's registry.
       splits: split name -> one TSV file, or (source file, target file) aligned line by line.
-      vocabulary: path of a SentencePiece model (pad 0, EOS 1, unk 2), shared by both sides, or any seqio vocabulary.
-      prefix: put before each source text, e.g. "translate German to English: ".
+      vocabulary: shared by both sides: path of a SentencePiece model, a vocabulary of rest_jax.data.vocabulary, such as
+        ByT5's `ByteVocabulary(extra_ids=125)`, or any of seqio's.
+      prefix: put before each source text, e.g. "translate German to English: ", or "<2en> " for MADLAD-400.
       source_column: column of the source text in a TSV file, from 0; further columns are ignored.
       target_column: column of the target text.
       reverse: translate the other way: swaps the columns, or the two files.
@@ -75,7 +79,7 @@ def register_translation(
     name: str,
     *,
     splits: Mapping[str, text_sources.TextSplit],
-    vocabulary: FilePath | seqio.Vocabulary,
+    vocabulary: AnyVocabulary,
     prefix: str = "",
 ) -> seqio.Task:
     """As `register_parallel_text`, for splits that may come from files, TFDS or sacreBLEU."""
@@ -93,11 +97,13 @@ def register_translation(
     )
 
 
-def as_vocabulary(vocabulary: FilePath | seqio.Vocabulary) -> seqio.Vocabulary:
-    """A seqio vocabulary as it is; a path as the SentencePiece vocabulary there, opened at its first use."""
+def as_vocabulary(vocabulary: AnyVocabulary) -> seqio.Vocabulary:
+    """A seqio vocabulary as it is, ours as seqio's, a path as the SentencePiece model there, opened when first used."""
     if isinstance(vocabulary, seqio.Vocabulary):
         return vocabulary
-    return seqio.SentencePieceVocabulary(os.fspath(paths.resolve(vocabulary)))
+    if isinstance(vocabulary, str | os.PathLike):
+        return seqio.SentencePieceVocabulary(os.fspath(paths.resolve(vocabulary)))
+    return seqio_tasks.seqio_vocabulary(vocabulary)
 
 
 @seqio.map_over_dataset

@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rest_jax.data.packing import pack_rows
+from rest_jax.data.vocabulary import EOS_ID
 from rest_jax.errors import UserError
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 Batch = dict[str, npt.NDArray[Any]]
 
-EOS_ID = 1
 # Tags that keep the random streams of examples, epochs and rows apart.
 _PART_STREAM, _EPOCH_STREAM, _ROW_STREAM = 1, 2, 3
 _MAX_STEPS = 2**40
@@ -114,6 +114,7 @@ class BatchPlan:
       source_length, target_length: columns. A longer sequence is cut, its final EOS kept.
       pack: several examples in a row, told apart by segment ids.
       seed: the run's data seed, at least 0.
+      eos_id: the vocabulary's.
       process_index, process_count: this process takes its contiguous share of the rows of every global batch.
     """
 
@@ -126,6 +127,7 @@ class BatchPlan:
         target_length: int,
         pack: bool,
         seed: int,
+        eos_id: int = EOS_ID,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
@@ -145,6 +147,7 @@ class BatchPlan:
         self._lengths = (source_length, target_length)
         self._pack = pack
         self._seed = seed
+        self._eos_id = eos_id
         rows = batch_size // process_count
         self._rows = slice(process_index * rows, (process_index + 1) * rows)
         self._lock = threading.Lock()
@@ -268,8 +271,8 @@ class BatchPlan:
                     self._mixture.parts[plan.parts[k]],
                     int(plan.indices[k]),
                 )
-                inputs.append(_cut(examples.inputs(index), source_length))
-                targets.append(_cut(examples.targets(index), target_length))
+                inputs.append(_cut(examples.inputs(index), source_length, eos_id=self._eos_id))
+                targets.append(_cut(examples.targets(index), target_length, eos_id=self._eos_id))
                 row_of.append(number)
         encoder = _Scatter.build(inputs, row_of, shape=(num_rows, source_length))
         decoder = _Scatter.build(targets, row_of, shape=(num_rows, target_length))
@@ -289,14 +292,14 @@ class BatchPlan:
         return batch
 
 
-def _cut(tokens: Int32Array, length: int) -> Int32Array:
+def _cut(tokens: Int32Array, length: int, *, eos_id: int) -> Int32Array:
     """The first `length` tokens; a final EOS stays final, as seqio's append_eos_after_trim has it."""
     if len(tokens) <= length:
         return tokens
     cut = tokens[:length]
-    if tokens[-1] == EOS_ID:
+    if tokens[-1] == eos_id:
         cut = cut.copy()
-        cut[-1] = EOS_ID
+        cut[-1] = eos_id
     return cut
 
 

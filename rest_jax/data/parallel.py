@@ -10,7 +10,7 @@ import numpy as np
 
 from rest_jax.data import token_index
 from rest_jax.data.token_dataset import TokenDataset
-from rest_jax.data.vocabulary import SentencePieceVocabulary
+from rest_jax.data.vocabulary import Vocabulary
 from rest_jax.errors import UserError
 
 
@@ -28,7 +28,7 @@ class ParallelData:
     """
 
     task: str
-    vocabulary: SentencePieceVocabulary
+    vocabulary: Vocabulary
     lengths: Mapping[str, int]
     task_modules: tuple[str, ...] = ()
     cache_dir: str | None = None
@@ -114,7 +114,7 @@ class ParallelData:
         for feature, sha256 in vocabularies.items():
             if sha256 != self.vocabulary.sha256:
                 raise UserError(
-                    f"VOCABULARY is {str(self.vocabulary.path)!r} (sha256 {self.vocabulary.sha256[:12]}...), but the "
+                    f"VOCABULARY is {self.vocabulary!r} (sha256 {self.vocabulary.sha256[:12]}...), but the "
                     f"task {self.task!r} makes its {feature} with another one (sha256 {sha256[:12]}...). Give the "
                     "vocabulary that the task was registered with, or register the task with this one."
                 )

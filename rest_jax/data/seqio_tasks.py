@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 
 from rest_jax.data import native_logs, token_dataset
+from rest_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from rest_jax.errors import UserError
 
 # TensorFlow reads this when it is loaded.
@@ -326,6 +327,18 @@ def _key_fields(task: seqio.Task | seqio.Mixture, *, split: str, lengths: Mappin
 def _check_split(task: seqio.Task, split: str) -> None:
     if split not in task.splits:
         raise UserError(f"{task.name}: has no split {split!r}; legal are {sorted(task.splits)}")
+
+
+def seqio_vocabulary(vocabulary: Vocabulary) -> seqio.Vocabulary:
+    """seqio's vocabulary with the same ids, which has the same `vocabulary_sha256`."""
+    if isinstance(vocabulary, ByteVocabulary):
+        return seqio.ByteVocabulary(vocabulary.extra_ids)
+    if isinstance(vocabulary, SentencePieceVocabulary):
+        return seqio.SentencePieceVocabulary(os.fspath(vocabulary.path), vocabulary.extra_ids)
+    raise UserError(
+        f"vocabulary: seqio has none like {vocabulary!r}; legal are SentencePieceVocabulary and ByteVocabulary of "
+        "rest_jax.data.vocabulary, any seqio.Vocabulary, or the path of a SentencePiece model"
+    )
 
 
 def vocabulary_sha256(vocabulary: seqio.Vocabulary) -> str:

@@ -25,13 +25,19 @@ class RewardBatch(TypedDict):
 
 
 class RewardVocabulary(Protocol):
-    """The part of `rest_jax.data.vocabulary.SentencePieceVocabulary` that rewards need to read token ids as text."""
+    """The part of `rest_jax.data.vocabulary.Vocabulary` that rewards need to read token ids as text."""
 
     @property
     def vocab_size(self) -> int: ...
 
     @property
+    def eos_id(self) -> int: ...
+
+    @property
     def unk_id(self) -> int: ...
+
+    @property
+    def invalid_bytes_shown(self) -> bool: ...
 
     def id_to_piece(self, token: int) -> str: ...
 

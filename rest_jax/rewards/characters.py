@@ -1,8 +1,8 @@
 """Token ids -> the characters of the text they stand for, in the graph.
 
-The text is what SentencePiece decodes: pieces joined, runs of byte pieces read as UTF-8 (U+FFFD for each byte that is
-part of no valid sequence), the unknown token shown by its surface, nothing for control tokens and padding. Whitespace
-is left out, because chrF does not count it.
+The text is what the vocabulary decodes: pieces joined, runs of bytes read as UTF-8 (for each byte that is part of no
+valid sequence, U+FFFD in SentencePiece, nothing in a byte vocabulary), the unknown token shown by its surface, nothing
+for control tokens and padding. Whitespace is left out, because chrF does not count it.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rest_jax.data.vocabulary import EOS_ID, PAD_ID
+from rest_jax.data.vocabulary import PAD_ID
 from rest_jax.rewards.base import RewardVocabulary
 
 # Code points are below 0x110000.
@@ -31,11 +31,15 @@ class CharacterTable(NamedTuple):
       codes: int32 `[vocab_size + 1, max_piece_characters]`, code points without whitespace, then 0.
       lengths: int32 `[vocab_size + 1]`, characters of each token.
       byte_values: int32 `[vocab_size + 1]`, the byte that a byte piece stands for; -1 for other pieces.
+      invalid_bytes_shown: bool scalar; a byte that is part of no valid sequence reads as U+FFFD, or as nothing.
+      eos_id: int32 scalar; the text ends before it.
     """
 
     codes: jax.Array
     lengths: jax.Array
     byte_values: jax.Array
+    invalid_bytes_shown: jax.Array
+    eos_id: jax.Array
 
 
 class Spelling(NamedTuple):
@@ -67,14 +71,20 @@ def character_table(vocabulary: RewardVocabulary) -> CharacterTable:
             byte_values[len(spellings)] = int(vocabulary.id_to_piece(token)[3:5], 16)  # "<0x0A>"
         elif vocabulary.is_unknown(token):
             text = vocabulary.decode([token])
-        elif not vocabulary.is_control(token) and token not in (PAD_ID, EOS_ID):
+        elif not vocabulary.is_control(token) and token not in (PAD_ID, vocabulary.eos_id):
             text = vocabulary.id_to_piece(token).replace(_SENTENCEPIECE_SPACE, " ")
         spellings.append([ord(character) for character in "".join(text.split())])
     lengths = np.asarray([len(spelling) for spelling in spellings], np.int32)
     codes = np.zeros((size + 1, max(int(lengths.max()), 1)), np.int32)
     for row, spelling in zip(codes, spellings, strict=True):
         row[: len(spelling)] = spelling
-    return CharacterTable(codes=jnp.asarray(codes), lengths=jnp.asarray(lengths), byte_values=jnp.asarray(byte_values))
+    return CharacterTable(
+        codes=jnp.asarray(codes),
+        lengths=jnp.asarray(lengths),
+        byte_values=jnp.asarray(byte_values),
+        invalid_bytes_shown=jnp.asarray(vocabulary.invalid_bytes_shown),
+        eos_id=jnp.asarray(vocabulary.eos_id, jnp.int32),
+    )
 
 
 def spell(table: CharacterTable, tokens: jax.Array) -> Spelling:
@@ -87,9 +97,9 @@ def spell(table: CharacterTable, tokens: jax.Array) -> Spelling:
     vocab_size = table.lengths.shape[0] - 1
     inside = (tokens >= 0) & (tokens < vocab_size)
     ids = jnp.where(inside, tokens, vocab_size)
-    in_text = jnp.cumsum(tokens == EOS_ID, axis=1) == 0
+    in_text = jnp.cumsum(tokens == table.eos_id, axis=1) == 0
     byte_values = jnp.where(in_text, table.byte_values[ids], -1)  # [rows, length]
-    decoded, shown = _decode_utf8(byte_values)
+    decoded, shown = _decode_utf8(byte_values, invalid_bytes_shown=table.invalid_bytes_shown)
     is_byte = byte_values >= 0
     lengths = jnp.where(is_byte, shown.astype(jnp.int32), table.lengths[ids])
     lengths = jnp.where(in_text, lengths, 0)
@@ -110,13 +120,14 @@ def characters(table: CharacterTable, spelling: Spelling, *, max_characters: int
     return jnp.where(positions < spelling.num_characters[:, None], codes, 0)
 
 
-def _decode_utf8(byte_values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Reads runs of bytes as UTF-8, as SentencePiece does.
+def _decode_utf8(byte_values: jax.Array, *, invalid_bytes_shown: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Reads runs of bytes as UTF-8.
 
     Lead bytes are never trail bytes, so valid sequences cannot overlap, and each is found by looking three bytes ahead.
 
     Args:
       byte_values: int32 `[rows, length]`, -1 where no byte is.
+      invalid_bytes_shown: whether bytes that are part of no valid sequence are shown.
 
     Returns:
       The code point that starts at each byte (U+FFFD where none does), and whether it is shown: bytes inside a valid
@@ -143,4 +154,5 @@ def _decode_utf8(byte_values: jax.Array) -> tuple[jax.Array, jax.Array]:
     code = jnp.select([valid_1, valid_2, valid_3, valid_4], [first, code_2, code_3, code_4], REPLACEMENT)
     covered = behind(valid_2 | valid_3 | valid_4, 1) | behind(valid_3 | valid_4, 2) | behind(valid_4, 3)
     whitespace = jnp.isin(code, jnp.asarray(_WHITESPACE, jnp.int32), method="compare_all")
-    return code, (byte_values >= 0) & ~covered & ~whitespace
+    starts_one = valid_1 | valid_2 | valid_3 | valid_4 | invalid_bytes_shown
+    return code, (byte_values >= 0) & ~covered & starts_one & ~whitespace

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rest_jax.data.vocabulary import EOS_ID
+from rest_jax.data.vocabulary import eos_id_of
 from rest_jax.models import t5
 from rest_jax.sampling import decoder
 from rest_jax.sampling.beam import beam_decode
@@ -80,7 +80,7 @@ def decode(
     )
     vocabulary = model.output_vocabulary
     vocab_size = config.vocab_size if vocabulary is None else vocabulary.vocab_size
-    eos_id = EOS_ID if vocabulary is None else vocabulary.eos_id
+    eos_id = eos_id_of(vocabulary)
     if beam_size:
         return beam_decode(
             params,

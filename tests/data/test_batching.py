@@ -232,6 +232,8 @@ def test_long_examples_are_cut_and_keep_eos() -> None:
     assert batch["encoder_input_tokens"].tolist() == [[10, 10, 10, 1]]
     assert batch["decoder_target_tokens"].tolist() == [[10, 10, 10, 10, 1]]
     assert batch["decoder_input_tokens"].tolist() == [[0, 10, 10, 10, 10]]
+    other = plan(MixtureSpec.single(long), batch_size=1, source_length=4, target_length=5, eos_id=2).batch(0)
+    assert other["decoder_target_tokens"].tolist() == [[10, 10, 10, 10, 10]]
 
 
 @pytest.mark.parametrize(

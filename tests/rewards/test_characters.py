@@ -7,16 +7,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rest_jax.data.vocabulary import SentencePieceVocabulary
+from rest_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from rest_jax.rewards import characters
 
 LENGTH = 24
+BYTES = ByteVocabulary(extra_ids=5)
 
 
 @pytest.fixture(scope="module")
 def read(small_vocabulary: SentencePieceVocabulary):
+    return reader(small_vocabulary)
+
+
+@pytest.fixture(scope="module")
+def read_bytes():
+    return reader(BYTES)
+
+
+def reader(vocabulary: Vocabulary):
     """Token ids -> text without whitespace, through the graph."""
-    table = characters.character_table(small_vocabulary)
+    table = characters.character_table(vocabulary)
     width = table.codes.shape[1] * LENGTH
 
     @jax.jit
@@ -35,7 +45,7 @@ def read(small_vocabulary: SentencePieceVocabulary):
     return texts
 
 
-def shown(vocabulary: SentencePieceVocabulary, tokens: list[int]) -> str:
+def shown(vocabulary: Vocabulary, tokens: list[int]) -> str:
     return "".join(vocabulary.decode(tokens).split())
 
 
@@ -97,3 +107,24 @@ def test_any_tokens_read_as_decoded(read, small_vocabulary, data):
     token = st.sampled_from(bytes_first) | st.integers(2, small_vocabulary.vocab_size - 1)
     rows = data.draw(st.lists(st.lists(token, max_size=LENGTH), min_size=8, max_size=8))
     assert read(rows) == [shown(small_vocabulary, row) for row in rows]
+
+
+def test_byte_vocabulary_leaves_invalid_bytes_out(read_bytes):
+    assert read_bytes([BYTES.encode("Größe 東京"), [byte + 3 for byte in b"a\xe6\x9d b\xff"], [1, 70]]) == [
+        "Größe東京", "ab", "",
+    ]  # fmt: skip
+
+
+@given(data=st.data())
+def test_any_tokens_of_the_byte_vocabulary_read_as_decoded(read_bytes, data):
+    # Leads and trails of long sequences are drawn as often as the rest, special ids among them.
+    token = st.sampled_from([byte + 3 for byte in b"\xc3\xa9\xe6\x9d\xb1\xf0\x9f\x99\x82"]) | st.integers(0, 270)
+    rows = data.draw(st.lists(st.lists(token, max_size=LENGTH), min_size=8, max_size=8))
+    assert read_bytes(rows) == [shown(BYTES, row) for row in rows]
+
+
+def test_text_ends_at_the_vocabularys_own_eos():
+    class LaterEos(ByteVocabulary):
+        eos_id = 2
+
+    assert reader(LaterEos())([[*BYTES.encode("ab"), 2, *BYTES.encode("c")]]) == ["ab"]
