@@ -1,9 +1,7 @@
-"""T5X's model methods: sums and weights, packing, scoring, prediction, and configuration from gin."""
+"""T5X's model methods: sums and weights, packing, scoring, prediction."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,6 @@ from rest_jax.errors import UserError
 from rest_jax.models import t5
 from rest_jax.models.encoder_decoder import EncoderDecoderModel
 
-GIN_MODELS = Path(__file__).parents[2] / "gin" / "models"
 CONFIG = t5.T5Config(
     vocab_size=50, emb_dim=16, num_heads=2, num_encoder_layers=2, num_decoder_layers=2, head_dim=4, mlp_dim=24
 )
@@ -219,23 +216,3 @@ def test_a_bound_decode_fn_takes_the_place_of_sampling():
     decodes, aux = model.predict_batch_with_aux({}, unpacked(), decoder_params=options)
     np.testing.assert_array_equal(decodes[0, :, 0], [9, 8, 7])
     np.testing.assert_array_equal(aux["scores"][0], [-9, -8, -7])
-
-
-@pytest.fixture
-def clean_gin():
-    gin.clear_config()
-    yield
-    gin.clear_config()
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in GIN_MODELS.glob("*.gin")))
-def test_every_model_file_builds(name, clean_gin):
-    published = {"t5_1_1_small": 76_961_152, "t5_1_1_xxl": 11_135_332_352}
-    gin.parse_config_file(str(GIN_MODELS / f"{name}.gin"))
-    gin.bind_parameter("VOCABULARY/macro.value", SimpleNamespace(vocab_size=1000, eos_id=1))
-    model = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
-    shapes = {"encoder_input_tokens": (1, 1), "decoder_input_tokens": (1, 1)}
-    variables = jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), shapes))
-    count = sum(leaf.size for leaf in jax.tree.leaves(variables))
-    assert count == published.get(name, count)
-    assert model.module.config.vocab_size == (32128 if name.startswith("t5") else 1024)
