@@ -97,6 +97,16 @@ def _parser() -> argparse.ArgumentParser:
             "filter", _filter, "Tell what a filter would keep of a Grow step's store. Needs no model and no TensorFlow."
         )
     )
+    for name, command, text in (
+        ("import", _import, "Import a checkpoint of T5X or Hugging Face. Its format is detected."),
+        ("export", _export, "Export a checkpoint, such as MODEL_DIR/policy, to T5X or Hugging Face."),
+    ):
+        sub = add(name, command, text)
+        sub.add_argument("source", metavar="SOURCE", help="a checkpoint of any format")
+        sub.add_argument("dest", metavar="DEST", help="directory to write; must not exist")
+        sub.add_argument("--gin_file", action="append", default=[], help="of the model; without it, it is found out")
+        if name == "export":
+            sub.add_argument("--format", required=True, choices=("t5x", "hugging_face"), dest="to")
     sub = add("vocab", _vocab, "Train a SentencePiece vocabulary on both sides of a seqio task's text.")
     sub.add_argument("--task", required=True, help="seqio task whose text is read")
     sub.add_argument("--task_module", action="append", default=[], help="module that registers the task; repeatable")
@@ -419,6 +429,25 @@ def _filter(options: Any) -> None:
         chosen = [filters.Cap(keep, options.cap) for keep in chosen or [filters.Threshold(0.0)]]
     store = ScoredStore.open(options.store)
     print(filter_text.format_rows(filter_text.report_rows(store, chosen, stored_only=options.stored_only)))
+
+
+def _import(options: Any) -> None:
+    # Tensors pass through the host alone, like the next command's.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from rest_jax.checkpoints.commands import import_command
+
+    print(import_command(options.source, options.dest, gin_files=options.gin_file, bindings=options.bindings))
+
+
+def _export(options: Any) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from rest_jax.checkpoints.commands import export_command
+
+    print(
+        export_command(
+            options.source, options.dest, to=options.to, gin_files=options.gin_file, bindings=options.bindings
+        )
+    )
 
 
 def _vocab(options: Any) -> None:

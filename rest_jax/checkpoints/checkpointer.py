@@ -1,29 +1,29 @@
-"""Checkpoints by Orbax: of a training phase, and of parameters alone.
+"""Checkpoints: of a training phase, and of parameters alone, which are read from any of `formats`.
 
 A step is a directory `checkpoint_N/` with T5X's tree under `state/`: `{'target': params, 'state': {'step',
 'param_states'}}`. A policy without optimiser state is the same tree with `target` alone, so both are read the same way.
 """
 
-import contextlib
-import logging
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from rest_jax import paths
-from rest_jax.errors import UserError
+from rest_jax.checkpoints import formats, orbax_files, tensors
+from rest_jax.checkpoints.formats import STATE_ITEM, STEP_PREFIX, find_checkpoint
 from rest_jax.partitioning import Partitioner
 
+__all__ = ["PhaseCheckpoints", "check_fits", "find_checkpoint", "load_params", "save_params", "step_directory"]
+
 Tree = Any
-STEP_PREFIX = "checkpoint"
-STATE_ITEM = "state"
+FIELD = "INITIAL_CHECKPOINT_PATH"
 
 
 class PhaseCheckpoints:
@@ -104,52 +104,68 @@ def save_params(directory: Path, params: Tree, *, dtype: str | None = None) -> N
     partial.rename(directory)
 
 
-def find_checkpoint(path: str) -> Path:
-    """The directory that holds `state/`: the path itself, or its newest `checkpoint_N`.
-
-    Raises:
-      UserError: there is none.
-    """
-    root = paths.resolve(path)
-    if (root / STATE_ITEM).is_dir():
-        return root
-    steps = {
-        int(match[1]): child
-        for child in (root.iterdir() if root.is_dir() else ())
-        if (match := re.fullmatch(rf"{STEP_PREFIX}_(\d+)", child.name)) and (child / STATE_ITEM).is_dir()
-    }
-    if not steps:
-        raise UserError(
-            f"INITIAL_CHECKPOINT_PATH: {str(root)!r} is no checkpoint. Give a directory with '{STATE_ITEM}/' in it "
-            f"(such as MODEL_DIR/bc/{STEP_PREFIX}_1000 or MODEL_DIR/policy), or one that holds {STEP_PREFIX}_N "
-            "directories."
-        )
-    return steps[max(steps)]
-
-
 def load_params(path: str, *, abstract_params: Tree, partitioner: Partitioner) -> Tree:
-    """Parameters from any checkpoint of this project, as float32 on the mesh.
+    """Parameters from a checkpoint of any format, as float32 on the mesh. Each process reads its devices' parts.
+
+    Layers that are scanned in the model and separate in the checkpoint, or the other way round, are converted.
 
     Args:
-      path: see `find_checkpoint`.
+      path: see `formats.find_checkpoint`.
       abstract_params: the model's own tree of shapes.
       partitioner: where the parameters go.
 
     Raises:
       UserError: names or shapes are not the model's; both are named.
     """
-    directory = find_checkpoint(path) / STATE_ITEM
-    with _reader() as checkpointer:
-        stored = checkpointer.metadata(directory).item_metadata.tree["target"]
-        _check_same_tree(stored=stored, wanted=abstract_params, directory=directory)
-        shardings = partitioner.param_shardings(abstract_params)
-        item = {
-            "target": jax.tree.map(
-                lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                abstract_params,
-                shardings,
-            )
+    directory = find_checkpoint(path)
+    shardings = partitioner.param_shardings(abstract_params)
+    if formats.detect(directory) == "orbax":
+        stored, _ = orbax_files.read_metadata(directory / STATE_ITEM)
+        if tensors.is_scanned(tensors.flatten(stored)) == tensors.is_scanned(tensors.flatten(abstract_params)):
+            _check_fits(tensors.flatten(stored), abstract_params, directory)
+            return _restore(directory / STATE_ITEM, abstract_params, shardings)
+    leaves = _fitting(path, abstract_params)
+    flat_shardings = tensors.flatten(shardings)
+    return tensors.unflatten(
+        {
+            name: _put(leaves[name], leaf.dtype, flat_shardings[name])
+            for name, leaf in tensors.flatten(abstract_params).items()
         }
+    )
+
+
+def check_fits(path: str, *, abstract_params: Tree) -> None:
+    """Raises UserError, without reading any weight, when a checkpoint's names or shapes are not the model's."""
+    _fitting(path, abstract_params)
+
+
+def _fitting(path: str, abstract_params: Tree) -> tensors.Tensors:
+    """The checkpoint's tensors in the model's layout, once they are known to fit."""
+    checkpoint = formats.open_checkpoint(path, field=FIELD)
+    leaves = formats.with_layers_of(checkpoint.tensors, tensors.flatten(abstract_params))
+    _check_fits(leaves, abstract_params, checkpoint.directory)
+    return leaves
+
+
+def _check_fits(leaves: Mapping[str, Any], abstract_params: Tree, directory: Path) -> None:
+    tensors.check_same_names_and_shapes(
+        have={name: tuple(leaf.shape) for name, leaf in leaves.items()},
+        want=tensors.flat_shapes(abstract_params),
+        what=f"{FIELD}: {str(directory)!r}",
+        advice="Include the gin/models file the checkpoint was trained with, and its vocabulary "
+        "(token_embedder/embedding has a row for each token).",
+    )
+
+
+def _restore(directory: Path, abstract_params: Tree, shardings: Tree) -> Tree:
+    item = {
+        "target": jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract_params,
+            shardings,
+        )
+    }
+    with orbax_files.reader() as checkpointer:
         restored = checkpointer.restore(
             directory,
             args=ocp.args.PyTreeRestore(
@@ -159,46 +175,14 @@ def load_params(path: str, *, abstract_params: Tree, partitioner: Partitioner) -
     return restored["target"]
 
 
-def check_fits(path: str, *, abstract_params: Tree) -> None:
-    """Raises UserError, without reading any weight, when a checkpoint's names or shapes are not the model's."""
-    directory = find_checkpoint(path) / STATE_ITEM
-    with _reader() as checkpointer:
-        stored = checkpointer.metadata(directory).item_metadata.tree["target"]
-    _check_same_tree(stored=stored, wanted=abstract_params, directory=directory)
+def _put(tensor: tensors.LazyTensor, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A tensor on the mesh; a part that several devices hold is read once."""
+    parts: dict[tuple[tuple[Any, Any], ...], npt.NDArray[Any]] = {}
 
+    def part(index: Any) -> npt.NDArray[Any]:
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in parts:
+            parts[key] = np.ascontiguousarray(tensor[index].astype(dtype))
+        return parts[key]
 
-@contextlib.contextmanager
-def _reader() -> Iterator[ocp.PyTreeCheckpointer]:
-    """Reads `state/` by itself. Orbax keeps its time stamps one folder up, and warns of that at each reading."""
-
-    def not_about_time_stamps(record: logging.LogRecord) -> bool:
-        return "Metadata file does not exist" not in record.getMessage()
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(not_about_time_stamps)
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            yield checkpointer
-    finally:
-        logger.removeFilter(not_about_time_stamps)
-
-
-def _check_same_tree(*, stored: Tree, wanted: Tree, directory: Path) -> None:
-    def flat(tree: Tree) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {"/".join(str(getattr(key, "key", key)) for key in path): tuple(leaf.shape) for path, leaf in leaves}
-
-    have, want = flat(stored), flat(wanted)
-    problems = [f"missing {name} {want[name]}" for name in sorted(want.keys() - have.keys())]
-    problems += [f"unexpected {name} {have[name]}" for name in sorted(have.keys() - want.keys())]
-    problems += [
-        f"{name} is {have[name]}, the model's is {want[name]}"
-        for name in sorted(have.keys() & want.keys())
-        if have[name] != want[name]
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise UserError(
-            f"INITIAL_CHECKPOINT_PATH: {str(directory)!r} does not fit the model: {shown}. Include the gin/models file "
-            "the checkpoint was trained with, and its vocabulary (token_embedder/embedding has a row for each token)."
-        )
+    return jax.make_array_from_callback(tensor.shape, sharding, part)
