@@ -16,7 +16,8 @@ Array = jax.Array
 Batch = Mapping[str, Array]
 Params = Any
 
-VOCAB_MULTIPLE = 128
+# With fewer rows past its vocabulary's ids, an embedding is not taken for another's: UMT5 has 300 sentinels, and padding.
+MAX_SPARE_ROWS = 1024
 LOSS_NORMALIZING_NAMES = ("NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE")
 
 
@@ -68,12 +69,19 @@ def _with_vocab_size(module: nn.Module, *vocabularies: SizedVocabulary | None) -
             raise UserError(
                 "T5Config.vocab_size is not set and there is no vocabulary to take it from. Set VOCABULARY."
             )
-        size = math.ceil(max(sizes) / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        size = math.ceil(max(sizes) / config.vocab_multiple) * config.vocab_multiple
         return module.clone(config=dataclasses.replace(config, vocab_size=size))
     if sizes and max(sizes) > config.vocab_size:
         raise UserError(
             f"T5Config.vocab_size={config.vocab_size} is smaller than the vocabulary, which has {max(sizes)} pieces. "
-            "Leave it None to take the vocabulary's size, or raise it to that at least."
+            "Leave it None to take the vocabulary's size, or raise it to that at least; for a public checkpoint, set "
+            "VOCABULARY to the checkpoint's own."
+        )
+    if sizes and config.vocab_size - max(sizes) >= max(MAX_SPARE_ROWS, getattr(config, "vocab_multiple", 0)):
+        raise UserError(
+            f"T5Config.vocab_size={config.vocab_size} is so much larger than the vocabulary, which has {max(sizes)} "
+            "pieces, that the embedding must be another vocabulary's. Set VOCABULARY to the checkpoint's own, or "
+            "vocab_size to None to take the vocabulary's size."
         )
     return module
 
@@ -83,8 +91,10 @@ class EncoderDecoderModel:
 
     Args:
       module: a flax module with `__call__`, `encode` and `decode` (rest_jax.models.t5.Transformer, or T5X's). Where its
-        `config.vocab_size` is None, the larger vocabulary's size rounded up to a multiple of 128 is filled in.
-      input_vocabulary, output_vocabulary: anything with `vocab_size`; None where the module's config has it.
+        `config.vocab_size` is None, the larger vocabulary's size rounded up to a multiple of `config.vocab_multiple` is
+        filled in.
+      input_vocabulary, output_vocabulary: anything with `vocab_size` and `eos_id`; None where the module's config has
+        the size and EOS is 1.
       optimizer_def: kept for T5X's sake; training takes its optimiser from its own configuration.
       decode_fn: what predict_batch draws with; None: rest_jax.sampling.
       label_smoothing: in [0, 1).

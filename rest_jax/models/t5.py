@@ -59,10 +59,10 @@ PARAM_LOGICAL_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
 class T5Config:
     """Sizes and numerics of a T5.
 
-    `vocab_size=None` stands for "the vocabulary's size rounded up to a multiple of 128", which EncoderDecoderModel
-    fills in; public T5 checkpoints need 32128. `dtype` is that of the activations; parameters and logits are float32.
-    `logits_via_embedding=True` with `mlp_activations=('relu',)` is T5 1.0; `relative_bias_per_layer=True` is UMT5:
-    every layer has its own table of relative position biases.
+    `vocab_size=None` stands for the vocabulary's size rounded up to a multiple of `vocab_multiple`, which
+    EncoderDecoderModel fills in; public T5 checkpoints need 32128. `dtype` is that of the activations; parameters and
+    logits are float32. `logits_via_embedding=True` with `mlp_activations=('relu',)` is T5 1.0;
+    `relative_bias_per_layer=True` is UMT5: every layer has its own table of relative position biases.
 
     `scan_layers=True` compiles one layer per stack however many there are, on T5X's scalable_t5 tree (`layer_stacking`
     converts). `remat_policy` says what a layer's backward pass computes anew instead of keeping: 'none' keeps all,
@@ -85,10 +85,12 @@ class T5Config:
     relative_bias_per_layer: bool = False
     scan_layers: bool = False
     remat_policy: str = "none"
+    vocab_multiple: int = 128
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
-        for name in ("emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "head_dim", "mlp_dim"):
+        counts = ("emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "head_dim", "mlp_dim")
+        for name in (*counts, "vocab_multiple"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"T5Config.{name} must be a whole number of at least 1; got {value!r}.")

@@ -12,6 +12,7 @@ import seqio
 
 from rest_jax.data import seqio_tasks
 from rest_jax.data.token_dataset import TokenDataset
+from rest_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary
 from rest_jax.errors import UserError
 from rest_jax.tasks import demo, parallel_text
 
@@ -233,3 +234,24 @@ def test_faulty_text_leaves_no_data_set(register, tmp_path: Path, content: str, 
     with pytest.raises(UserError, match=message):
         seqio_tasks.tokenize_task(name, split="test", lengths=LENGTHS, cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_byte_tasks_have_bytes_and_the_policys_fingerprint(register, tmp_path: Path) -> None:
+    vocabulary = ByteVocabulary(extra_ids=125)
+    name = register(vocabulary=vocabulary, prefix="<2en> ")
+    lengths = {"inputs": 512, "targets": 512}
+    fingerprints = seqio_tasks.check_task(name, splits=["test"], lengths=lengths)
+    assert set(fingerprints.values()) == {vocabulary.sha256}
+    directory = seqio_tasks.tokenize_task(name, split="test", lengths=lengths, cache_dir=tmp_path / "cache")
+    dataset = TokenDataset.open(directory)
+    for row, (source, target) in zip(range(20), demo_pairs(), strict=False):
+        assert dataset.inputs(row).tolist() == [*vocabulary.encode(f"<2en> {source}"), 1]
+        assert vocabulary.decode(dataset.targets(row).tolist()) == target.rstrip("\n")
+
+
+def test_a_vocabulary_of_ours_serves_a_task(register, vocabulary: Path, tmp_path: Path) -> None:
+    ours = SentencePieceVocabulary(str(vocabulary), extra_ids=7)
+    fingerprints = seqio_tasks.check_task(register(vocabulary=ours), splits=["test"], lengths=LENGTHS)
+    assert set(fingerprints.values()) == {ours.sha256}
+    with pytest.raises(UserError, match="legal are SentencePieceVocabulary and ByteVocabulary"):
+        seqio_tasks.seqio_vocabulary(object())

@@ -1,5 +1,6 @@
 """T5X's model methods: sums and weights, packing, scoring, prediction."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -159,8 +160,21 @@ def test_vocab_size_comes_from_the_vocabulary():
     assert model.module.config.vocab_size == 256
     with pytest.raises(UserError, match="VOCABULARY"):
         EncoderDecoderModel(module, None, None)
-    with pytest.raises(UserError, match="smaller than the vocabulary"):
-        EncoderDecoderModel(t5.Transformer(CONFIG), None, SimpleNamespace(vocab_size=51, eos_id=1))
+    module = t5.Transformer(t5.T5Config(vocab_size=None, vocab_multiple=100, **sizes))
+    assert EncoderDecoderModel(module, None, SimpleNamespace(vocab_size=101)).module.config.vocab_size == 200
+
+
+@pytest.mark.parametrize(("rows", "pieces"), [(50, 51), (250112, 32100)], ids=["too few rows", "another vocabulary's"])
+def test_an_embedding_that_does_not_fit_the_vocabulary_says_both_sizes(rows, pieces):
+    module = t5.Transformer(dataclasses.replace(CONFIG, vocab_size=rows))
+    with pytest.raises(UserError, match=rf"vocab_size={rows} .* has {pieces} pieces.*VOCABULARY"):
+        EncoderDecoderModel(module, None, SimpleNamespace(vocab_size=pieces))
+
+
+@pytest.mark.parametrize(("rows", "pieces"), [(32128, 32000), (384, 259), (256384, 256000), (256000, 256000)])
+def test_sentinels_and_padding_are_no_mismatch(rows, pieces):
+    module = t5.Transformer(dataclasses.replace(CONFIG, vocab_size=rows))
+    assert EncoderDecoderModel(module, None, SimpleNamespace(vocab_size=pieces)).module is module
 
 
 def test_initial_variables_are_a_function_of_the_key_alone():

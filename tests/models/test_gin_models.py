@@ -51,12 +51,14 @@ EMBEDDING_ROWS = {"t5": 32128, "mt5": 250112, "byt5": 384, "umt5": 256384, "madl
 RUN = ("MODEL_DIR='/nowhere'", "MIXTURE_OR_TASK_NAME='x'", "TASK_FEATURE_LENGTHS={}", "TRAIN_STEPS=1", "BATCH_SIZE=1")
 
 
-def build(name: str, *bindings: str, vocab_size: int = 1000) -> EncoderDecoderModel:
+def build(name: str, *bindings: str) -> EncoderDecoderModel:
     own_vocabulary = name.startswith("byt5")
     given = [*RUN, *bindings, *([] if own_vocabulary else ["VOCABULARY=None"])]
     config.load(gin_files=[f"models/{name}.gin", "rewards/chrf.gin", "rest.gin"], bindings=given)
     with gin.unlock_config():
         if not own_vocabulary:
+            # Pieces without sentinels, where there is padding for them.
+            vocab_size = EMBEDDING_ROWS.get(name.split("_")[0], 1000 + 384) - 384
             gin.bind_parameter("VOCABULARY/macro.value", SimpleNamespace(vocab_size=vocab_size, eos_id=1))
         return gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
 

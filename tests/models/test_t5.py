@@ -1,5 +1,6 @@
 """The network: T5X's tree, its counts, its numerics, and what masks must hold."""
 
+import dataclasses
 import math
 
 import jax
@@ -128,18 +129,20 @@ def dense_reference(params, config, source, target_in):
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     embedding, encoder, decoder = params["token_embedder"]["embedding"], params["encoder"], params["decoder"]
     x = embedding[source]
-    encoder_bias = bias(encoder["relpos_bias"]["rel_embedding"], source.shape[1], True)
     for i in range(config.num_encoder_layers):
         p = encoder[f"layers_{i}"]
+        owner = p if config.relative_bias_per_layer else encoder
+        encoder_bias = bias(owner["relpos_bias"]["rel_embedding"], source.shape[1], True)
         y = norm(x, p["pre_attention_layer_norm"]["scale"])
         x = x + attend(p["attention"], y, y, encoder_bias)
         x = x + mlp(p["mlp"], norm(x, p["pre_mlp_layer_norm"]["scale"]))
     encoded = norm(x, encoder["encoder_norm"]["scale"])
     x, length = embedding[target_in], target_in.shape[1]
     causal = np.where(np.tril(np.ones((length, length))) > 0, 0.0, -1e10)
-    decoder_bias = bias(decoder["relpos_bias"]["rel_embedding"], length, False) + causal
     for i in range(config.num_decoder_layers):
         p = decoder[f"layers_{i}"]
+        owner = p if config.relative_bias_per_layer else decoder
+        decoder_bias = bias(owner["relpos_bias"]["rel_embedding"], length, False) + causal
         y = norm(x, p["pre_self_attention_layer_norm"]["scale"])
         x = x + attend(p["self_attention"], y, y, decoder_bias)
         y = norm(x, p["pre_cross_attention_layer_norm"]["scale"])
@@ -166,15 +169,22 @@ def bucket_by_rule(offset, bidirectional, num_buckets=32, max_distance=128):
     return np.vectorize(one)(offset)
 
 
-def test_logits_are_those_of_a_float64_reference():
-    params = init(TINY)
+@pytest.mark.parametrize("per_layer", [False, True], ids=["T5", "UMT5"])
+def test_logits_are_those_of_a_float64_reference(per_layer):
+    config = dataclasses.replace(TINY, relative_bias_per_layer=per_layer)
+    params = init(config)
     # Trained tables are larger than fresh ones; so that a wrong bucket or sign shows.
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf * 20 if "rel_embedding" in str(path) else leaf * 1.3, params
     )
     source, target = random_tokens((3, 23)), random_tokens((3, 19), 1)
-    logits = apply(params, TINY, source, target, target)
-    np.testing.assert_allclose(logits, dense_reference(params, TINY, source, target), rtol=1e-3, atol=1e-4)
+    logits = apply(params, config, source, target, target)
+    np.testing.assert_allclose(logits, dense_reference(params, config, source, target), rtol=1e-3, atol=1e-4)
+
+
+def test_umt5_has_a_table_in_every_layer_and_none_beside():
+    names = {name for name in paths(init(dataclasses.replace(TINY, relative_bias_per_layer=True))) if "relpos" in name}
+    assert names == {f"{s}/layers_{i}/relpos_bias/rel_embedding" for s in ("encoder", "decoder") for i in (0, 1)}
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -273,6 +283,10 @@ def test_decoding_with_a_cache_is_refused():
         ("mlp_activations", ("swish",)),
         ("mlp_activations", ()),
         ("dtype", "int8"),
+        ("relative_bias_per_layer", "yes"),
+        ("scan_layers", 1),
+        ("remat_policy", "some"),
+        ("vocab_multiple", 0),
     ],
 )
 def test_impossible_configurations_name_the_field(field, value):

@@ -1,5 +1,6 @@
 """Beam search against exhaustive enumeration, and against a plain beam search that never stops early."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -7,10 +8,13 @@ import numpy as np
 import pytest
 import scipy.special
 
+from rest_jax.models import t5
+from rest_jax.models.encoder_decoder import EncoderDecoderModel
+from rest_jax.models.layer_stacking import stack_layers
 from rest_jax.sampling import LogitProcessing
 from rest_jax.sampling.beam import length_penalty
 from rest_jax.sampling.sampler import decode
-from tests.sampling.conftest import VOCAB, make_tiny, padded_sources
+from tests.sampling.conftest import VOCAB, Tiny, make_tiny, padded_sources
 
 ALPHAS = [0.0, 0.6]
 
@@ -170,3 +174,14 @@ def test_fillers_are_empty_and_other_sources_change_nothing(tiny):
     np.testing.assert_array_equal(with_fillers.tokens[[2, 3]], alone.tokens)
     for leaf in jax.tree.leaves(jax.tree.map(lambda leaf: leaf[[1, 5]], with_fillers)):
         assert not leaf.any()
+
+
+def test_scanned_layers_find_the_same():
+    plain = make_tiny(num_decoder_layers=3)
+    sources = padded_sources((4, 7, 9))
+    expected = search(plain, sources, beam_size=4, alpha=0.6)
+    config = dataclasses.replace(plain.config, scan_layers=True)
+    model = EncoderDecoderModel(t5.Transformer(config), None, plain.model.output_vocabulary)
+    found = search(Tiny(model, stack_layers(plain.params, config)), sources, beam_size=4, alpha=0.6)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-5)

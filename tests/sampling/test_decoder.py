@@ -82,6 +82,32 @@ def test_positions_have_the_logits_of_the_whole_sequence(variant):
     np.testing.assert_allclose(step_by_step(tiny, sources, inputs), expected, atol=1e-4)
 
 
+def test_program_of_a_position_does_not_grow_with_the_number_of_scanned_layers():
+    def program_size(layers, scan):
+        tiny = make_tiny(num_decoder_layers=layers, scan_layers=scan)
+        sources = padded_sources(SOURCE_LENGTHS)
+
+        def run(params, encoded):
+            keys = sample_keys(seed=0, stream=0, source_ids=np.arange(len(sources)), num_samples=2)
+            return decode_samples(
+                params,
+                tiny.config,
+                encoded=encoded,
+                encoder_input_tokens=sources,
+                keys=keys,
+                max_length=4,
+                processing=LogitProcessing(),
+                vocab_size=27,
+                eos_id=1,
+            )
+
+        encoded = jax.ShapeDtypeStruct((*sources.shape, tiny.config.emb_dim), jnp.float32)
+        return len(jax.jit(run).lower(tiny.params, encoded).as_text())
+
+    assert program_size(8, True) < 1.02 * program_size(2, True)
+    assert program_size(8, False) > 1.5 * program_size(2, False)
+
+
 def test_position_biases_reach_past_the_last_bucket():
     # Guards the test above: without the bias of the farthest bucket its logits would differ by far more than it allows.
     tiny = make_tiny()

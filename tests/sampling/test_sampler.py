@@ -300,3 +300,30 @@ def test_samples_stay_on_the_device_of_their_source(tiny):
     for leaf in jax.tree.leaves(samples):
         assert leaf.sharding.shard_shape(leaf.shape)[0] == 1
     assert jnp.all(samples.lengths > 0)
+
+
+@pytest.mark.parametrize("beam_size", [0, 4], ids=["samples", "beam"])
+def test_samples_end_with_the_vocabularys_own_eos(beam_size):
+    tiny = make_tiny(eos=2, eos_scale=3.0)
+    sources = padded_sources(LENGTHS)
+
+    def run(params, sources):
+        return decode(
+            tiny.model,
+            params,
+            encoder_input_tokens=sources,
+            source_ids=SOURCE_IDS,
+            num_samples=4,
+            max_length=MAX_LENGTH,
+            processing=LogitProcessing(),
+            beam_size=beam_size,
+        )
+
+    samples = jax.device_get(jax.jit(run)(tiny.params, sources))
+    ends = samples.tokens == 2
+    np.testing.assert_array_equal(samples.hit_eos, ends.any(-1))
+    assert samples.hit_eos.any() and not samples.hit_eos.all()
+    # Nothing follows it, and 1 is a token like others.
+    np.testing.assert_array_equal(samples.lengths[samples.hit_eos], ends.argmax(-1)[samples.hit_eos] + 1)
+    assert (samples.tokens == 1).any()
+    np.testing.assert_allclose(samples.log_probs, tiny.score(sources, samples.tokens), atol=1e-4)
