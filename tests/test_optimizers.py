@@ -9,6 +9,9 @@ import optax
 import pytest
 
 from rest_jax import optimizers
+from rest_jax.models import t5
+from rest_jax.models.layer_stacking import stack_layers, unstack_layers
+from rest_jax.partitioning import Partitioner, make_mesh, standard_logical_axis_rules
 
 PEAK, STEPS, WARMUP = 2e-3, 100, 10
 SCHEDULES = {
@@ -141,3 +144,35 @@ def test_every_optimizer_with_every_schedule_finds_a_minimum(optimizer, name):
     for _ in range(STEPS):
         params, state = step(params, state)
     assert loss(params) < 0.1 * loss(start)
+
+
+def test_adafactor_takes_scanned_layers_one_by_one():
+    # Wide enough that kernels are factored; scales of layers far apart, so that a statistic of all layers shows.
+    config = t5.T5Config(256, 128, 2, 3, 2, 64, 128)
+    module = t5.Transformer(config)
+    tokens = jnp.ones((1, 1), jnp.int32)
+    params = module.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)["params"]
+    for index in range(3):
+        layer, factor = f"layers_{index}", 10.0**index
+        params["encoder"][layer] = jax.tree.map(functools.partial(jnp.multiply, factor), params["encoder"][layer])
+    optimizer = optimizers.adafactor(1e-2)
+
+    def train(params, stacked):
+        state = optimizer.init(params)
+        for _ in range(3):
+            plain = unstack_layers(params, config) if stacked else params
+            gradients = jax.tree.map(lambda leaf: jnp.sin(leaf * 37) * leaf, plain)
+            updates, state = optimizer.update(stack_layers(gradients, config) if stacked else gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    expected, _ = train(params, False)
+    found, state = jax.jit(lambda p: train(p, True))(stack_layers(params, config))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), unstack_layers(found, config), expected
+    )
+    # Each of 3 layers has its rows and columns of second moments, and they can be laid on a mesh.
+    sizes = {leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state) if "encoder_norm" not in str(path)}
+    assert (128, 3) in sizes and (128, 2) in sizes
+    partitioner = Partitioner(make_mesh(data=4, model=2), standard_logical_axis_rules(parameter_partitioning_dims=2))
+    jax.device_put(state, partitioner.param_shardings(state))

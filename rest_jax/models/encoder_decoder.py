@@ -16,7 +16,7 @@ Array = jax.Array
 Batch = Mapping[str, Array]
 Params = Any
 
-# With fewer rows past its vocabulary's ids, an embedding is not taken for another's: UMT5 has 300 sentinels, and padding.
+# An embedding with fewer rows than this past its vocabulary's ids is its own: UMT5 has 300 sentinels, then padding.
 MAX_SPARE_ROWS = 1024
 LOSS_NORMALIZING_NAMES = ("NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE")
 
