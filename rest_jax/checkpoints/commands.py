@@ -1,7 +1,9 @@
 """`rest_jax import` and `rest_jax export`."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gin
 
@@ -9,9 +11,15 @@ from rest_jax import config, run_files
 from rest_jax.checkpoints import convert, formats
 from rest_jax.errors import UserError
 from rest_jax.models import t5
-from rest_jax.models.encoder_decoder import EncoderDecoderModel
 
-VOCABULARY_MACRO = "%VOCABULARY"
+VOCABULARY_MACRO, MODEL_GIN = "%VOCABULARY", "checkpoints/model.gin"
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfiguredModel:
+    """What gin's MODEL is, see gin/checkpoints/model.gin."""
+
+    model: Any
 
 
 def import_command(source: str, dest: str, *, gin_files: Sequence[str], bindings: Sequence[str]) -> str:
@@ -55,7 +63,7 @@ def _own_config(source: str) -> list[str]:
         file = run_files.find_config(str(found))
     except UserError:
         return []
-    return [str(file)] if EncoderDecoderModel.__module__.split(".")[0] in file.read_text(encoding="utf-8") else []
+    return [str(file)] if "from rest_jax." in file.read_text(encoding="utf-8") else []
 
 
 def _configured_model(gin_files: Sequence[str], bindings: Sequence[str]) -> convert.Model | None:
@@ -64,8 +72,11 @@ def _configured_model(gin_files: Sequence[str], bindings: Sequence[str]) -> conv
         if bindings:
             raise UserError(f"--gin.{bindings[0]}: give --gin_file of the model too, e.g. models/t5_1_1_base.gin.")
         return None
-    config.load(gin_files=gin_files, bindings=bindings, fallbacks={"VOCABULARY": "None"})
+    config.load(gin_files=[*gin_files, MODEL_GIN], bindings=bindings, fallbacks={"VOCABULARY": "None"})
     if gin.query_parameter(VOCABULARY_MACRO) is None:
         return convert.Model(config.build(t5.T5Config))
-    model = config.build(EncoderDecoderModel)
-    return convert.Model(model.module.config, model.output_vocabulary)
+    model = config.build(ConfiguredModel).model
+    network = getattr(getattr(model, "module", None), "config", None)
+    if not isinstance(network, t5.T5Config):
+        raise UserError(f"MODEL is {type(model).__name__} with another network; only rest_jax's own T5 is converted.")
+    return convert.Model(network, model.output_vocabulary)

@@ -76,10 +76,10 @@ def find_checkpoint(path: str, *, field: str = "INITIAL_CHECKPOINT_PATH") -> Pat
 
 def detect(directory: Path) -> Format | None:
     """The format of what lies in a directory; None if it is no checkpoint."""
+    if t5x_legacy.weights_folder(directory) is not None:
+        return "t5x"
     if (directory / STATE_ITEM).is_dir():
         return "orbax"
-    if (directory / t5x_legacy.FILE).is_file():
-        return "t5x"
     if (directory / hugging_face.CONFIG).is_file() and any(directory.glob("*.safetensors")):
         return "hugging_face"
     return None
@@ -99,8 +99,8 @@ def open_checkpoint(path: str, *, field: str = "INITIAL_CHECKPOINT_PATH") -> Che
             return Checkpoint(
                 "hugging_face", directory, folder.tensors, config=folder.config, config_json=folder.config_json
             )
-        if found == "t5x":
-            leaves, step = t5x_legacy.open_checkpoint(directory)
+        if (weights := t5x_legacy.weights_folder(directory)) is not None:
+            leaves, step = t5x_legacy.open_checkpoint(weights)
             return Checkpoint("t5x", directory, leaves, step=step)
         leaves, step = orbax_files.open_tensors(directory / STATE_ITEM)
         return Checkpoint("orbax", directory, leaves, step=step)

@@ -89,16 +89,17 @@ def gin_text(config: t5.T5Config, *, comment: str, vocabulary: str | None) -> st
         checkpoint has none.
     """
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    fields["dropout_rate"] = "%DROPOUT_RATE"
+    # The macros of gin/models/bases/t5.gin: one that a run's model file sets must be used in this file too.
+    macros = {"dropout_rate": "DROPOUT_RATE", "scan_layers": "SCAN_LAYERS", "remat_policy": "REMAT_POLICY"}
     sizes = "\n".join(
-        f"  {name} = {value if name == 'dropout_rate' else repr(value)}" for name, value in fields.items()
+        f"  {name} = {f'%{macros[name]}' if name in macros else repr(value)}" for name, value in fields.items()
     )
     imports = "from rest_jax.data import vocabulary\n" if vocabulary else ""
     return f"""\
 # {comment}
 #
 # Give it after the gin file of a run, whose model and vocabulary it replaces.
-# Commonly overridden: DROPOUT_RATE, LABEL_SMOOTHING, Z_LOSS.
+# Commonly overridden: DROPOUT_RATE, LABEL_SMOOTHING, Z_LOSS, SCAN_LAYERS, REMAT_POLICY, t5.T5Config.dtype.
 from __gin__ import dynamic_registration
 {imports}from rest_jax.models import encoder_decoder
 from rest_jax.models import t5
@@ -109,6 +110,8 @@ DROPOUT_RATE = {config.dropout_rate!r}
 LABEL_SMOOTHING = 0.0
 Z_LOSS = 0.0001
 LOSS_NORMALIZING_FACTOR = None
+SCAN_LAYERS = {config.scan_layers!r}
+REMAT_POLICY = {config.remat_policy!r}
 
 encoder_decoder.EncoderDecoderModel:
   module = @t5.Transformer()
@@ -130,6 +133,6 @@ def vocabulary_text(vocabulary: Vocabulary, *, model_file: Path) -> str:
     lines = [f"@{name}()"]
     if isinstance(vocabulary, SentencePieceVocabulary):
         lines.append(f"{name}.sentencepiece_model_file = {str(model_file)!r}")
-    if isinstance(vocabulary, SentencePieceVocabulary | ByteVocabulary) and vocabulary.extra_ids:
+    if isinstance(vocabulary, SentencePieceVocabulary | ByteVocabulary):
         lines.append(f"{name}.extra_ids = {vocabulary.extra_ids}")
     return "\n".join(lines)

@@ -2,10 +2,12 @@
 
 Facts (t5x/checkpoints.py): the file is flax's msgpack of `{'version': 3, 'optimizer': {'target': params, 'state':
 {'step', 'param_states'}}}`. A leaf is an array, or the specification of a TensorStore array (driver zarr, gzip) whose
-path is relative to the folder, `target.encoder.encoder_norm.scale`. Version 2 wrote bfloat16 as uint16.
+path is relative to the folder, `target.encoder.encoder_norm.scale`. Version 2 wrote bfloat16 as uint16. T5X's first
+Orbax (2022) wrote the same into `state/`, with `PLACEHOLDER://target.encoder...` for an array and no version; today's
+Orbax does not open that without a tree to restore to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,10 +26,22 @@ VERSION = 3
 OLDEST_VERSION = 2
 CHUNK_BYTES = 64 * 2**20
 _MESH_TENSORFLOW = b"model_checkpoint_path"
+_PLACEHOLDER = "PLACEHOLDER://"
+
+
+def weights_folder(directory: Path) -> Path | None:
+    """Where the file and its arrays are, if this is a checkpoint that `open_checkpoint` reads."""
+    if (directory / FILE).is_file():
+        return directory
+    state = directory / "state"
+    return state if (state / FILE).is_file() and not (state / "manifest.ocdbt").exists() else None
 
 
 def open_checkpoint(folder: Path) -> tuple[Tensors, int]:
     """The parameters, of which only the msgpack file is read, and the step.
+
+    Args:
+      folder: see `weights_folder`.
 
     Raises:
       UserError: the file is cut off, is another program's, or names an array that is not there.
@@ -94,6 +108,8 @@ def _kvstore(folder: Path, path: str) -> dict[str, str]:
 
 
 def _open_leaf(folder: Path, name: str, leaf: Any) -> LazyTensor:
+    if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
+        leaf = {"driver": "zarr", "kvstore": {"path": leaf.removeprefix(_PLACEHOLDER)}}
     if not isinstance(leaf, Mapping):
         tensor = of_array(leaf)
     else:
@@ -101,7 +117,7 @@ def _open_leaf(folder: Path, name: str, leaf: Any) -> LazyTensor:
         path = str(leaf["kvstore"].get("path", leaf.get("path", ""))).strip("/")
         if not path or path != PurePosixPath(path).name or leaf["driver"] != "zarr":
             raise UserError(f"{str(folder)!r}: {name} names no zarr array of its own folder: {leaf['kvstore']!r}.")
-        tensor = _open_zarr(folder, path, name=name, shape=tuple(leaf["metadata"]["shape"]))
+        tensor = _open_zarr(folder, path, name=name, shape=leaf.get("metadata", {}).get("shape"))
     if tensor.dtype == np.uint16:
         stored = tensor
         tensor = LazyTensor(
@@ -112,17 +128,17 @@ def _open_leaf(folder: Path, name: str, leaf: Any) -> LazyTensor:
     return tensor
 
 
-def _open_zarr(folder: Path, path: str, *, name: str, shape: tuple[int, ...]) -> LazyTensor:
+def _open_zarr(folder: Path, path: str, *, name: str, shape: Sequence[int] | None) -> LazyTensor:
     # A chunk that is not there would otherwise be read as zeros. Chunks of zeros are written like all others.
     spec = {"driver": "zarr", "kvstore": _kvstore(folder, path), "fill_missing_data_reads": False}
     try:
         array = tensorstore.open(spec, read=True).result()
     except (ValueError, OSError) as error:
         raise UserError(
-            f"{str(folder)!r}: {name} cannot be read: {path}/ is missing or damaged. Fetch it again. ({error})"
+            f"{str(folder)!r}: {name} cannot be read: {path}/ is missing or damaged. Fetch it again. ({_short(error)})"
         ) from error
-    if tuple(array.shape) != shape:
-        raise UserError(f"{str(folder)!r}: {path}/ holds {tuple(array.shape)}, the file {FILE!r} says {shape}.")
+    if shape is not None and tuple(array.shape) != tuple(shape):
+        raise UserError(f"{str(folder)!r}: {path}/ holds {tuple(array.shape)}, the file {FILE!r} says {tuple(shape)}.")
 
     def read(index: Index) -> npt.NDArray[Any]:
         try:
@@ -130,7 +146,12 @@ def _open_zarr(folder: Path, path: str, *, name: str, shape: tuple[int, ...]) ->
         except (ValueError, OSError) as error:
             raise UserError(
                 f"{str(folder)!r}: {name} cannot be read: a chunk of {path}/ is missing or cut off. Fetch it again. "
-                f"({error})"
+                f"({_short(error)})"
             ) from error
 
-    return LazyTensor(shape, np.dtype(array.dtype.numpy_dtype), read)
+    return LazyTensor(tuple(array.shape), np.dtype(array.dtype.numpy_dtype), read)
+
+
+def _short(error: Exception) -> str:
+    """TensorStore repeats its whole specification at the end."""
+    return str(error).partition(" [")[0]

@@ -245,7 +245,7 @@ def test_the_tokenizers_file_comes_along_and_is_named_in_the_gin_file(editable, 
     assert (tmp_path / "ours" / "spiece.model").read_bytes() == vocabulary.path.read_bytes()
     text = (tmp_path / "ours" / "config.gin").read_text()
     assert f"sentencepiece_model_file = {str(tmp_path / 'ours' / 'spiece.model')!r}" in text
-    assert "extra_ids" not in text  # the embedding has no room for them
+    assert "SentencePieceVocabulary.extra_ids = 0" in text  # the embedding has no room for them
     assert json.loads((tmp_path / "ours" / "run.json").read_text())["vocabulary_sha256"] == vocabulary.sha256
     convert.export_checkpoint(str(tmp_path / "ours"), tmp_path / "theirs", to="hugging_face")
     assert (tmp_path / "theirs" / "spiece.model").read_bytes() == vocabulary.path.read_bytes()
@@ -266,7 +266,10 @@ def test_byt5_has_the_vocabulary_of_bytes(editable, tmp_path):
     folder = editable("byt5")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
     convert.import_checkpoint(str(folder), tmp_path / "ours")
-    assert "VOCABULARY = @vocabulary.ByteVocabulary()" in (tmp_path / "ours" / "config.gin").read_text()
+    assert (
+        "VOCABULARY = @vocabulary.ByteVocabulary()\nvocabulary.ByteVocabulary.extra_ids = 125\n"
+        in (tmp_path / "ours" / "config.gin").read_text()
+    )
     assert hugging_face.open_vocabulary(tmp_path / "ours", vocab_size=384).vocab_size == 384
 
 
