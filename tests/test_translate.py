@@ -8,12 +8,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
+import sentencepiece
 
 from rest_jax import cli, config, run_files, translate
 from rest_jax.checkpoints import checkpointer
+from rest_jax.data.vocabulary import SentencePieceVocabulary
 from rest_jax.errors import UserError
+from rest_jax.models import t5
+from rest_jax.models.encoder_decoder import EncoderDecoderModel
+from rest_jax.partitioning import Partitioner, make_mesh
 from rest_jax.rest import ReST
+from rest_jax.sampling import LogitProcessing, Sampling
 
 GIN = """
 include 'runs/demo_bc.gin'
@@ -177,3 +184,51 @@ def test_lines_end_at_line_feeds_alone() -> None:
     assert list(translate.read_lines(file, name="x")) == ["a\u2028b\x85c", "", "d"]
     with pytest.raises(UserError, match="x:1"):
         list(translate.read_lines(io.BytesIO(b"\xff"), name="x"))
+
+
+def test_a_target_tag_stands_before_each_line_and_the_vocabularys_own_eos_behind(tmp_path: Path) -> None:
+    # As in MADLAD-400: unk 0, EOS 2, and a piece for each target language.
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES * 20),
+        model_prefix=str(tmp_path / "tags"),
+        vocab_size=330,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        user_defined_symbols=["<2en>", "<2de>"],
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    vocabulary = SentencePieceVocabulary(str(tmp_path / "tags.model"))
+    network = t5.T5Config(
+        vocab_size=None, emb_dim=16, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, head_dim=8, mlp_dim=16
+    )
+    model = EncoderDecoderModel(t5.Transformer(network), vocabulary, vocabulary)
+    shapes = {"encoder_input_tokens": (1, 1), "decoder_input_tokens": (1, 1)}
+    params = model.get_initial_variables(jax.random.key(0), shapes)["params"]
+
+    def translation(tag: str) -> translate.Translation:
+        translator = translate.Translator(
+            model=model,
+            params=params,
+            partitioner=Partitioner(make_mesh()),
+            sampling=Sampling(num_samples=1, sources_per_chunk=8, processing=LogitProcessing(temperature=0.0)),
+            source_length=32,
+            target_length=6,
+            prefix=f"{tag} ",
+        )
+        return next(translator.translate(["Im Anfang"]))
+
+    tokens = [*vocabulary.encode("<2de> Im Anfang"), 2]
+    assert [vocabulary.id_to_piece(token) for token in tokens].count("<2de>") == 1
+    sources = np.zeros((1, 32), np.int32)
+    sources[0, : len(tokens)] = tokens
+    batch = {"encoder_input_tokens": sources, "decoder_input_tokens": np.zeros((1, 6), np.int32)}
+    best, aux = model.predict_batch_with_aux(params, batch)
+    found = translation("<2de>")
+    assert found.texts == (vocabulary.decode(best[0].tolist()),)
+    np.testing.assert_allclose(found.log_probs[0], aux["scores"][0], rtol=1e-5)
+    assert translation("<2en>").log_probs != found.log_probs
