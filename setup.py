@@ -36,6 +36,7 @@ setup(
         "grain>=0.2.15",
         "jax>=0.10",
         "matplotlib>=3.10",
+        "msgpack>=1.1",
         "numpy>=2.1",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.33",
@@ -43,6 +44,7 @@ setup(
         "sacrebleu>=2.6",
         "sentencepiece>=0.2.1",
         "tensorboardX>=2.6.4",
+        "tensorstore>=0.1.78",
     ],
     extras_require={
         "seqio": SEQIO,

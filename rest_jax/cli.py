@@ -383,7 +383,7 @@ def _translate(options: Any) -> None:
     if options.checkpoint is None and options.model_dir is None:
         raise UserError("translate needs --checkpoint PATH, or --model_dir DIR of a run.")
     if not options.gin_file and options.model_dir is None:
-        options.gin_file = [str(run_files.find_config(options.checkpoint))]
+        options.gin_file = run_files.config_files(options.checkpoint)
     _load_config(options, fallbacks={"MODEL_DIR": "''"})
     sampling = translate.make_sampling(
         num_samples=options.num_samples,

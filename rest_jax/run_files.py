@@ -19,6 +19,7 @@ from rest_jax.errors import UserError
 from rest_jax.summary import versions
 
 CONFIG, OPERATIVE, RUN = "config.gin", "operative_config.gin", "run.json"
+TRANSLATE = "checkpoints/translate.gin"
 
 
 def check_same_run(model_dir: Path, *, given: str, vocabulary_sha256: str) -> None:
@@ -71,9 +72,20 @@ def find_config(path: str) -> Path:
     if found is None:
         raise UserError(
             f"--gin_file is missing, and no {CONFIG} stands beside {path!r} or above it. Give the gin file that the "
-            "checkpoint was trained with."
+            "checkpoint was trained with, or import it first: python -m rest_jax import."
         )
     return found
+
+
+def config_files(path: str) -> list[str]:
+    """Gin files that translate a checkpoint: its run's config.gin; for an imported one, with stand-ins for a run.
+
+    Raises:
+      UserError: see `find_config`.
+    """
+    found = find_config(path)
+    is_run = "rest.ReST" in found.read_text(encoding="utf-8")
+    return [str(found)] if is_run else [TRANSLATE, str(found)]
 
 
 def _nearest(path: Path, name: str) -> Path | None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rest_jax import cli, config
-from rest_jax.checkpoints import checkpointer, formats, model_config, tensors
+from rest_jax.checkpoints import checkpointer, formats, hugging_face, model_config, tensors
 from rest_jax.data.vocabulary import SentencePieceVocabulary
 from rest_jax.models import t5
 from rest_jax.models.encoder_decoder import EncoderDecoderModel
@@ -86,6 +86,28 @@ def test_the_written_gin_file_makes_the_model_and_its_vocabulary(tmp_path):
     loaded = checkpointer.load_params(str(tmp_path / "ours"), abstract_params=abstract, partitioner=ONE_DEVICE)
     for name, leaf in tensors.flatten(loaded).items():
         np.testing.assert_array_equal(leaf, params[name])
+
+
+def test_an_imported_translation_model_translates_at_once(tmp_path, capsys):
+    vocabulary = SentencePieceVocabulary(VOCABULARY)
+    sizes = {"emb_dim": 12, "num_heads": 2, "head_dim": 4, "mlp_dim": 8}
+    network = t5.T5Config(vocab_size=vocabulary.vocab_size, num_encoder_layers=1, num_decoder_layers=1, **sizes)
+    generator = np.random.default_rng(0)
+    shapes = model_config.expected_shapes(network)
+    leaves = {name: tensors.of_array(generator.normal(size=shape, scale=0.5)) for name, shape in shapes.items()}
+    (tmp_path / "theirs").mkdir()
+    hugging_face.write_weights(tmp_path / "theirs", leaves, config=network)
+    hugging_face.write_config(tmp_path / "theirs", config=network, dtype="float64", eos_id=None)
+    hugging_face.write_vocabulary(tmp_path / "theirs", vocabulary)
+    assert run("import", tmp_path / "theirs", tmp_path / "ours") == 0
+    (tmp_path / "lines.txt").write_text("Guten Morgen.\nWie geht es?\n")
+    capsys.readouterr()
+    lengths = "--gin.TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 16}"
+    assert (
+        run("translate", tmp_path / "lines.txt", "--checkpoint", tmp_path / "ours", "--sources_per_chunk=8", lengths)
+        == 0
+    )
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_gin_files_give_the_model_that_tensors_cannot_show(tmp_path):
