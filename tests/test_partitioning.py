@@ -1,5 +1,7 @@
 """Meshes and shardings on eight fake devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,9 +30,9 @@ LAYOUTS = {
 }
 
 
-def initial_params(seed=0):
+def initial_params(seed=0, *, model=MODEL):
     shapes = {"encoder_input_tokens": (1, 1), "decoder_input_tokens": (1, 1)}
-    return MODEL.get_initial_variables(jax.random.key(seed), shapes)["params"]
+    return model.get_initial_variables(jax.random.key(seed), shapes)["params"]
 
 
 def numpy_batch(rows=8, length=6):
@@ -44,14 +46,14 @@ def numpy_batch(rows=8, length=6):
     }
 
 
-def train_step(partitioner, *, activation_rules=False):
+def train_step(partitioner, *, model=MODEL, activation_rules=False):
     """Loss before and parameters after one step, laid out by the partitioner."""
-    params = initial_params()
+    params = initial_params(model=model)
     state = {"target": params, "state": OPTIMIZER.init(params)}
     shardings = partitioner.param_shardings(state)
 
     def step(state, batch):
-        (loss, _), gradient = jax.value_and_grad(MODEL.loss_fn, has_aux=True)(state["target"], batch, jax.random.key(1))
+        (loss, _), gradient = jax.value_and_grad(model.loss_fn, has_aux=True)(state["target"], batch, jax.random.key(1))
         updates, opt_state = OPTIMIZER.update(gradient, state["state"], state["target"])
         return {"target": optax.apply_updates(state["target"], updates), "state": opt_state}, loss
 
@@ -80,6 +82,21 @@ def test_every_layout_trains_as_one_device_does(layout, single_device):
     partitioner = Partitioner(make_mesh(**mesh), standard_logical_axis_rules(parameter_partitioning_dims=dims))
     loss, params = train_step(partitioner, activation_rules=activation_rules)
     expected_loss, expected = single_device
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, expected)
+
+
+def test_scanned_layers_train_on_a_mesh_as_on_one_device():
+    config = dataclasses.replace(
+        CONFIG, num_encoder_layers=2, scan_layers=True, remat_policy="minimal", relative_bias_per_layer=True
+    )
+    model = EncoderDecoderModel(t5.Transformer(config), None, None)
+    mesh, dims, activation_rules = LAYOUTS["fully sharded and tensor"]
+    partitioner = Partitioner(make_mesh(**mesh), standard_logical_axis_rules(parameter_partitioning_dims=dims))
+    kernel = specs(partitioner, initial_params(model=model))["encoder/encoder/attention/query/kernel"]
+    assert kernel == PartitionSpec(("data",), None, ("model",))
+    loss, params = train_step(partitioner, model=model, activation_rules=activation_rules)
+    expected_loss, expected = train_step(Partitioner(make_mesh(**ONE_DEVICE)), model=model)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, expected)
 

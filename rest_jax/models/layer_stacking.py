@@ -40,10 +40,10 @@ def stack_layers(params: Params, config: T5Config) -> dict[str, Any]:
             )
         layers = [stack_params[key] for key in names]
         for key, layer in zip(names, layers, strict=True):
-            if _shapes(layer) != _shapes(layers[0]):
+            if different := _shapes(layer) ^ _shapes(layers[0]):
                 raise UserError(
-                    f"parameters of the {name}: {key} differs from layers_0 in names or shapes ({_shapes(layer)} and "
-                    f"{_shapes(layers[0])}); only equal layers can be stacked. Set T5Config.scan_layers=False."
+                    f"parameters of the {name}: {key} differs from layers_0 in {sorted(different)}; only layers of "
+                    "equal names and shapes can be stacked. Set T5Config.scan_layers=False."
                 )
         rest = {key: value for key, value in stack_params.items() if key not in names}
         return {**rest, name: jax.tree.map(_stack, *layers)}
@@ -98,6 +98,7 @@ def _layer(layers: Params, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[:, index], layers)
 
 
-def _shapes(layer: Params) -> dict[str, tuple[int, ...]]:
+def _shapes(layer: Params) -> set[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of each parameter."""
     flat, _ = jax.tree_util.tree_flatten_with_path(layer)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in flat}
+    return {(jax.tree_util.keystr(path, simple=True, separator="/"), tuple(leaf.shape)) for path, leaf in flat}

@@ -155,5 +155,5 @@ def test_trees_that_do_not_fit_are_refused_by_name():
     with pytest.raises(UserError, match="decoder"):
         stack_layers({"encoder": params["encoder"]}, PLAIN)
     del params["encoder"]["layers_2"]["mlp"]["wi_1"]
-    with pytest.raises(UserError, match=r"layers_2 differs from layers_0.*scan_layers=False"):
+    with pytest.raises(UserError, match=r"layers_2 differs from layers_0 in .*mlp/wi_1/kernel.*scan_layers=False"):
         stack_layers(params, PLAIN)
