@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,13 +12,15 @@ import jax
 import numpy as np
 import numpy.typing as npt
 import orbax.checkpoint as ocp
+import tensorstore
 
-from rest_jax.checkpoints.tensors import LazyTensor, Tensors, flatten, unflatten
+from rest_jax.checkpoints.tensors import Index, LazyTensor, Tensors, flatten, unflatten
 from rest_jax.errors import UserError
 
 Tree = Any
 # Large tensors are stored in chunks of about this size, so that a device reads its part of them alone.
 CHUNK_BYTES = 64 * 2**20
+INDEX_CACHE_BYTES = 16 * 2**20
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
@@ -59,14 +62,15 @@ def open_tensors(directory: Path) -> tuple[Tensors, int]:
       UserError: the directory holds no parameters, or is damaged.
     """
     target, state = read_metadata(directory)
-    tensors: dict[str, LazyTensor] = {}
-    for name, leaf in flatten(target).items():
+    # Of all tensors together: each would read the database's index again.
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": INDEX_CACHE_BYTES}})
+    driver = "zarr3" if _uses_zarr3(directory) else "zarr"
 
-        def read(index: tuple[slice, ...], name: str = name) -> npt.NDArray[Any]:
-            return _read_leaf(directory, f"target/{name}")[index]
+    def open_leaf(name: str, leaf: Any) -> LazyTensor:
+        return _open_leaf(directory, name, leaf, driver=driver, context=context)
 
-        tensors[name] = LazyTensor(tuple(leaf.shape), np.dtype(leaf.dtype), read)
-    return tensors, int(_read_leaf(directory, "state/step")) if "step" in state else 0
+    leaves = {name: open_leaf(f"target/{name}", leaf) for name, leaf in flatten(target).items()}
+    return leaves, int(open_leaf("state/step", state["step"]).read()) if "step" in state else 0
 
 
 def read_metadata(directory: Path) -> tuple[Tree, Tree]:
@@ -82,20 +86,29 @@ def read_metadata(directory: Path) -> tuple[Tree, Tree]:
             ) from error
 
 
-def _read_leaf(directory: Path, name: str) -> npt.NDArray[Any]:
-    with reader() as checkpointer:
+def _open_leaf(directory: Path, name: str, leaf: Any, *, driver: str, context: tensorstore.Context) -> LazyTensor:
+    """A tensor of Orbax's database, or directory, read by TensorStore: Orbax itself reads whole arrays alone."""
+    path, folder = name.replace("/", "."), directory.absolute()
+    store = (
+        {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{path}/"}
+        if (folder / "manifest.ocdbt").exists()
+        else {"driver": "file", "path": f"{folder}/{path}/"}
+    )
+
+    def read(index: Index) -> npt.NDArray[Any]:
+        spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
         try:
-            restored = checkpointer.restore(
-                directory,
-                args=ocp.args.PyTreeRestore(
-                    item=unflatten({name: 0}),
-                    restore_args=unflatten({name: ocp.RestoreArgs(restore_type=np.ndarray)}),
-                    partial_restore=True,
-                ),
-            )
+            return np.asarray(tensorstore.open(spec, read=True, context=context).result()[index].read().result())
         except (ValueError, OSError) as error:
-            raise UserError(f"{str(directory)!r}: {name} cannot be read: {error}. Fetch it again.") from error
-    return np.asarray(flatten(restored)[name])
+            reason = str(error).partition(" [")[0]
+            raise UserError(f"{str(directory)!r}: {name} cannot be read: {reason}. Fetch it again.") from error
+
+    return LazyTensor(tuple(leaf.shape), np.dtype(leaf.dtype), read)
+
+
+def _uses_zarr3(folder: Path) -> bool:
+    file = folder / "_METADATA"
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("use_zarr3", False))
 
 
 @contextlib.contextmanager

@@ -397,3 +397,16 @@ def test_only_one_tensor_is_read_before_it_is_written(tmp_path, monkeypatch):
     convert.import_checkpoint(str(FIXTURES / "t5_1_1"), tmp_path / "ours")
     assert events.count("read") > 20
     assert all(second != "read" for first, second in zip(events, events[1:], strict=False) if first == "read")
+
+
+def test_large_tensors_are_stored_in_chunks_that_devices_read_alone(tmp_path, monkeypatch):
+    import tensorstore
+
+    from rest_jax.checkpoints import orbax_files
+
+    monkeypatch.setattr(orbax_files, "CHUNK_BYTES", 1024)
+    convert.import_checkpoint(str(FIXTURES / "byt5"), tmp_path / "ours")
+    database = {"driver": "ocdbt", "base": f"file://{tmp_path}/ours/state/", "path": "target.token_embedder.embedding/"}
+    stored = tensorstore.open({"driver": "zarr", "kvstore": database}, read=True).result()
+    assert stored.shape == (384, 8)
+    assert stored.chunk_layout.write_chunk.shape == (32, 8)

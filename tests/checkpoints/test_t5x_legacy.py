@@ -232,8 +232,8 @@ def test_a_tree_that_is_no_t5s_is_refused(tmp_path):
         convert.import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours")
 
 
-@pytest.mark.parametrize("use_ocdbt", [True, False])
-def test_t5x_orbax_checkpoints_with_their_optimizer_are_imported(tmp_path, use_ocdbt):
+@pytest.mark.parametrize(("use_ocdbt", "use_zarr3"), [(True, False), (False, False), (True, True)])
+def test_t5x_orbax_checkpoints_with_their_optimizer_are_imported(tmp_path, use_ocdbt, use_zarr3):
     import orbax.checkpoint as ocp
 
     params = make_params("bfloat16")
@@ -241,13 +241,25 @@ def test_t5x_orbax_checkpoints_with_their_optimizer_are_imported(tmp_path, use_o
         "target": tensors.unflatten({name: jnp.asarray(value) for name, value in params.items()}),
         "state": {"step": jnp.int32(5), "param_states": {"0": {"v": jnp.ones(3)}}},
     }
-    with ocp.PyTreeCheckpointer(use_ocdbt=use_ocdbt) as checkpointer:
+    with ocp.PyTreeCheckpointer(use_ocdbt=use_ocdbt, use_zarr3=use_zarr3) as checkpointer:
         checkpointer.save(tmp_path / "run" / "checkpoint_5" / "state", tree)
     imported = convert.import_checkpoint(str(tmp_path / "run"), tmp_path / "ours")
     assert (imported.format, imported.config) == ("orbax", CONFIG)
     ours = formats.open_checkpoint(str(tmp_path / "ours"))
     assert ours.step == 5
     assert_same(ours.tensors, params)
+    part = ours.tensors["decoder/logits_dense/kernel"][slice(2, 5), slice(7, None)]
+    np.testing.assert_array_equal(part, params["decoder/logits_dense/kernel"][2:5, 7:])
+
+
+def test_an_orbax_database_that_is_cut_off_is_refused(tmp_path):
+    write_as_t5x(tmp_path / "theirs", make_params())
+    convert.import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours")
+    for file in (tmp_path / "ours" / "state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="SOURCE: .*(cannot be read|is damaged)"):
+        convert.export_checkpoint(str(tmp_path / "ours"), tmp_path / "again", to="t5x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
 
 
 def test_t5xs_first_orbax_wrote_a_file_of_placeholders(tmp_path):
