@@ -32,6 +32,7 @@ from rest_jax.data.store import ScoredStore
 from rest_jax.errors import Preempted, UserError
 from rest_jax.evaluation.evaluate import Evaluation, Evaluator
 from rest_jax.filters import check_schedule
+from rest_jax.models.initial_params import initial_params
 from rest_jax.partitioning import Partitioner
 from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
@@ -405,8 +406,7 @@ class Runner:
         return dataclasses.asdict(result)
 
     def _init_params(self) -> Params:
-        shape = {"encoder_input_tokens": (1, 1), "decoder_input_tokens": (1, 1)}
-        return self.config.model.get_initial_variables(jax.random.key(self.config.seed), shape)["params"]
+        return initial_params(self.config.model, jax.random.key(self.config.seed))
 
     def _progress(self, phase: Phase) -> ProgressLine:
         parts = [f"grow {phase.grow_step}/{self.config.grow_steps}"] if phase.grow_step else []

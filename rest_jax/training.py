@@ -64,6 +64,13 @@ class Training:
                 raise UserError(f"Training.{name} is {getattr(self, name)}; it must be at least 1.")
         if not self.learning_rate > 0:
             raise UserError(f"Training.learning_rate is {self.learning_rate}; it must be above 0.")
+        if not callable(self.optimizer):
+            raise UserError(
+                f"OPTIMIZER is an instance of {type(self.optimizer).__module__}.{type(self.optimizer).__qualname__}; "
+                "training needs a function (learning rate) -> optax optimiser. T5X's model files bind an optimiser of "
+                "T5X's: include rest.gin after them, or set OPTIMIZER = @optimizers.adafactor (from rest_jax import "
+                "optimizers)."
+            )
         if self.patience is not None and self.patience < 1:
             raise UserError(f"Training.patience is {self.patience}; it must be at least 1, or None to run all steps.")
         if self.steps < 0:

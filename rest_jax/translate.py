@@ -16,8 +16,9 @@ import numpy as np
 from rest_jax import run_files
 from rest_jax.checkpoints import checkpointer
 from rest_jax.data.batching import length_groups
-from rest_jax.data.vocabulary import Vocabulary
+from rest_jax.data.vocabulary import adopt
 from rest_jax.errors import UserError
+from rest_jax.models.initial_params import initial_params
 from rest_jax.partitioning import Partitioner
 from rest_jax.rest import phase_directory
 from rest_jax.sampling import LogitProcessing, Samples, Sampling, decode
@@ -97,8 +98,7 @@ class Translator:
     def _block(
         self, program: Callable[..., Samples], block: Sequence[str], *, first: int, on_cut: Callable[[int], None]
     ) -> list[Translation]:
-        source_vocabulary: Vocabulary = self.model.input_vocabulary
-        target_vocabulary: Vocabulary = self.model.output_vocabulary
+        source_vocabulary, target_vocabulary = adopt(self.model.input_vocabulary), adopt(self.model.output_vocabulary)
         empty = [""] * self.sampling.num_samples
         results = [Translation(line, tuple(empty), (0.0,) * len(empty)) for line in block]
         filled = np.asarray([index for index, line in enumerate(block) if line.strip()], np.int64)
@@ -242,8 +242,7 @@ def open_translator(
     path = checkpointer.find_checkpoint(checkpoint or _policy_path(Path(config.model_dir), policy))
     vocabulary = config.data.vocabulary
     run_files.check_same_vocabulary("checkpoint", path, vocabulary_sha256=vocabulary.sha256)
-    shapes = {"encoder_input_tokens": (1, 1), "decoder_input_tokens": (1, 1)}
-    abstract = jax.eval_shape(lambda: config.model.get_initial_variables(jax.random.key(0), shapes)["params"])
+    abstract = jax.eval_shape(lambda: initial_params(config.model, jax.random.key(0)))
     return Translator(
         model=config.model,
         params=checkpointer.load_params(str(path), abstract_params=abstract, partitioner=config.partitioner),

@@ -10,7 +10,7 @@ import numpy as np
 
 from rest_jax.data import token_index
 from rest_jax.data.token_dataset import TokenDataset
-from rest_jax.data.vocabulary import Vocabulary
+from rest_jax.data.vocabulary import Vocabulary, adopt
 from rest_jax.errors import UserError
 
 
@@ -20,7 +20,7 @@ class ParallelData:
 
     Attributes:
       task: seqio task or mixture.
-      vocabulary: the policy's; it must be the task's own.
+      vocabulary: the policy's, ours or seqio's; it must be the task's own.
       lengths: `{'inputs': S, 'targets': T}`, most tokens incl. EOS; longer texts are trimmed.
       task_modules: modules to import because they register the task.
       cache_dir: where tokenised splits are kept; None for `$XDG_CACHE_HOME/rest_jax`.
@@ -37,6 +37,7 @@ class ParallelData:
     test_split: str = "test"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "vocabulary", adopt(self.vocabulary))
         if sorted(self.lengths) != ["inputs", "targets"] or any(length < 2 for length in self.lengths.values()):
             raise UserError(
                 f"TASK_FEATURE_LENGTHS is {dict(self.lengths)!r}; it must be like {{'inputs': 128, 'targets': 128}}, "

@@ -230,6 +230,24 @@ class ByteVocabulary:
         return [self.decode(tokens) for tokens in batch]
 
 
+def adopt(vocabulary: Any) -> Vocabulary:
+    """Ours with the same ids for one of seqio's, as a T5X gin file binds it; ours as it is.
+
+    Raises:
+      UserError: of another kind, or the SentencePiece file is not on this machine.
+    """
+    if hasattr(vocabulary, "sha256"):
+        return vocabulary
+    if hasattr(vocabulary, "sentencepiece_model_file"):
+        return SentencePieceVocabulary(vocabulary.sentencepiece_model_file, extra_ids=vocabulary.extra_ids)
+    if type(vocabulary).__name__ == "ByteVocabulary":
+        return ByteVocabulary(extra_ids=vocabulary.extra_ids)
+    raise UserError(
+        f"VOCABULARY is {vocabulary!r}; legal are SentencePieceVocabulary and ByteVocabulary, of "
+        "rest_jax.data.vocabulary or of seqio."
+    )
+
+
 def eos_id_of(vocabulary: Any) -> int:
     """The EOS of the vocabulary, ours or seqio's; T5's where a model has none."""
     return EOS_ID if vocabulary is None else vocabulary.eos_id

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from rest_jax.data.token_dataset import TokenDataset
+from rest_jax.data.vocabulary import adopt
 from rest_jax.errors import UserError
 from rest_jax.evaluation.best_of_n import best_of_n_curve, distinct_samples
 from rest_jax.evaluation.metrics import corpus_scores
@@ -147,7 +148,7 @@ class Evaluator:
           reward, bleu, chrf, ter, signatures, best_of_n, samples, distinct, greedy_reward, mean_length.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        vocabulary = self._model.output_vocabulary
+        vocabulary = adopt(self._model.output_vocabulary)
         eval_set, test_set = self._eval_set, self._test_set
 
         rewards, tokens = self._draw(params, eval_set, np.arange(len(eval_set)), self._sampling)

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from rest_jax.objectives.metrics import token_sums
+
 
 def bc(
     model: Any, params: Any, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None
@@ -20,4 +22,5 @@ def bc(
     Returns:
       The summed loss (scalar float32) and the model's metrics, summed over target tokens.
     """
-    return model.loss_fn(params, batch, dropout_rng)
+    loss, metrics = model.loss_fn(params, batch, dropout_rng)
+    return loss, token_sums(loss, metrics, batch)

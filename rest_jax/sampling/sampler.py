@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from rest_jax.data.vocabulary import eos_id_of
 from rest_jax.models import t5
-from rest_jax.sampling import decoder
+from rest_jax.models.encoder_decoder import EncoderDecoderModel
+from rest_jax.sampling import decoder, t5x_model
 from rest_jax.sampling.beam import beam_decode
 from rest_jax.sampling.processors import NEGATIVE_INFINITY, LogitProcessing, draw, legal_tokens
 from rest_jax.sampling.samples import PAD_ID, Samples
@@ -60,7 +61,8 @@ def decode(
     Padding (id 0) and ids past the vocabulary are never produced.
 
     Args:
-      model: an `EncoderDecoderModel` around our T5. A sample ends with its output vocabulary's `eos_id`.
+      model: an `EncoderDecoderModel` around our T5, or one of T5X's (see `t5x_model.decode`). A sample ends with its
+        output vocabulary's `eos_id`.
       params: T5X's tree.
       encoder_input_tokens: `[batch, source_length]`. A row of padding alone is a filler: it costs no extra steps.
       source_ids: `[batch]`, see `sample_keys`.
@@ -74,6 +76,20 @@ def decode(
     Returns:
       Samples `[batch, num_samples, max_length]`.
     """
+    if not isinstance(model, EncoderDecoderModel):
+        return t5x_model.decode(
+            model,
+            params,
+            encoder_input_tokens=encoder_input_tokens,
+            source_ids=source_ids,
+            num_samples=num_samples,
+            max_length=max_length,
+            processing=processing,
+            beam_size=beam_size,
+            beam_alpha=beam_alpha,
+            seed=seed,
+            stream=stream,
+        )
     config = model.module.config
     encoded = model.module.apply(
         {"params": params}, encoder_input_tokens, enable_dropout=False, method=model.module.encode
