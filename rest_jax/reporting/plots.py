@@ -153,13 +153,11 @@ def reward_histograms(grows: Mapping[int, Mapping[str, Any]]) -> Draw:
             axes.stairs(share, edges, fill=True, color=color, alpha=0.35)
             axes.stairs(share, edges, color=color, linewidth=1.2)
             top = max(float(share.max()), 1e-9)
-            axes.axvline(stats["mean"], color=theme.ink, linewidth=1.2)
-            _vertical_label(axes, stats["mean"], 1.0, f"mean {stats['mean']:.3f}", color=theme.ink, side="left")
-            # Labels on both sides in turn, the last on the right: thresholds can lie close together.
-            for place, (x, text, style) in enumerate(reversed(_threshold_lines(stats))):
-                axes.axvline(x, color=theme.control, linewidth=1.2, linestyle=style)
-                _vertical_label(axes, x, 1.0, text, color=theme.control, side="left" if place % 2 else "right")
-            axes.set_ylim(0, 1.6 * top)  # Head room, so that the labels stand above the bars.
+            axes.axvline(stats["mean"], color=theme.ink, linewidth=1.2, label=f"mean {stats['mean']:.3f}")
+            for x, text, style in _threshold_lines(stats):
+                axes.axvline(x, color=theme.control, linewidth=1.2, linestyle=style, label=text)
+            axes.set_ylim(0, 1.6 * top)  # Head room, so that the legend stands above the bars.
+            axes.legend(loc="upper left", frameon=False, fontsize=8, labelcolor=theme.ink, handlelength=1.6)
             # The tails of a reward are long and empty; nothing is cut that holds more than one sample in a thousand.
             occupied = np.flatnonzero(share >= 0.1)
             last = edges[occupied[-1] + 1] if occupied.size else 1.0
@@ -348,22 +346,6 @@ def _legend(axes: Axes, theme: Theme) -> None:
     axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8.5)
 
 
-def _vertical_label(axes: Axes, x: float, y: float, text: str, *, color: str, side: str) -> None:
-    """Text along a vertical line, hanging from the share `y` of the axes' height."""
-    axes.annotate(
-        text,
-        (x, y),
-        xycoords=("data", "axes fraction"),
-        xytext=(-3 if side == "left" else 3, -4),
-        textcoords="offset points",
-        rotation=90,
-        ha="right" if side == "left" else "left",
-        va="top",
-        color=color,
-        fontsize=8,
-    )
-
-
 def _label_points(axes: Axes, points: Mapping[str, tuple[float, float]], theme: Theme) -> None:
     """Names beside points. BC and its control lie close: one to the left, one to the right; the others take turns."""
     sides = {"left": ((-8, 0), "right", "center"), "right": ((8, 0), "left", "center")}
@@ -388,14 +370,19 @@ def _label_points(axes: Axes, points: Mapping[str, tuple[float, float]], theme: 
 
 
 def _threshold_lines(stats: Mapping[str, Any]) -> list[tuple[float, str, Any]]:
-    """(reward, label, line style) of each Improve step: its τ dashed, else the mean of what it keeps, dotted."""
+    """(reward, label, line style) of each Improve step: its τ dashed, else the mean of what it keeps, dotted.
+
+    Gaps grow with the step, so that the legend tells steps apart.
+    """
     lines: list[tuple[float, str, Any]] = []
-    for threshold in stats.get("thresholds", ()):
+    for number, threshold in enumerate(stats.get("thresholds", ())):
         step = threshold["improve_step"]
         if threshold.get("tau") is not None:
-            lines.append((threshold["tau"], f"τ{step} = {threshold['tau']:.3f}", (0, (4, 2))))
+            lines.append((threshold["tau"], f"τ{step} = {threshold['tau']:.3f}", (0, (4, 1 + number))))
         elif threshold.get("mean_reward") is not None:
-            lines.append((threshold["mean_reward"], f"I{step} keeps {threshold['mean_reward']:.3f}", (0, (1, 1.5))))
+            lines.append(
+                (threshold["mean_reward"], f"I{step} keeps {threshold['mean_reward']:.3f}", (0, (1, 1 + number)))
+            )
     return lines
 
 

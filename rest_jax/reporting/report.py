@@ -188,7 +188,8 @@ def warnings(run: Run) -> list[str]:
         fallen = [
             f"{label} fell from {base[key]:.2f} to {last[key]:.2f}"
             for key, label in (("bleu", "BLEU"), ("chrf", "chrF"))
-            if base.get(key) is not None and last.get(key) is not None and last[key] < base[key]
+            # By more than chance: the interval of the difference leaves out zero.
+            if (comparison := _comparison(run, final, "bc", key)) is not None and comparison["high"] < 0
         ]
         if fallen:
             found.append(

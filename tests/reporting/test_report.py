@@ -150,7 +150,9 @@ def test_warns_when_the_gain_may_not_be_one(tmp_path):
     control = {"name": "bc_long", "reward": 0.31}
     interval = {"a": "improve_1.1", "b": "bc_long", "metric": "reward", "difference": 0.04, "low": 0.03, "high": 0.05}
     assert run_with(tmp_path, [bc, {**last, "bleu": 21.0}, control], [interval]) == []
-    (hacked,) = run_with(tmp_path, [bc, last, control], [interval])
+    bleu = {"a": "improve_1.1", "b": "bc", "metric": "bleu", "difference": -2.0, "low": -2.5, "high": -1.5}
+    assert run_with(tmp_path, [bc, last, control], [interval, {**bleu, "high": 0.1}]) == []
+    (hacked,) = run_with(tmp_path, [bc, last, control], [interval, bleu])
     assert "BLEU fell from 20.00 to 18.00" in hacked and "chrF" not in hacked
     (chance,) = run_with(tmp_path, [bc, {**last, "bleu": 21.0}, control], [{**interval, "low": -0.01}])
     assert "chance" in chance
