@@ -385,6 +385,7 @@ class Runner:
         mixture: MixtureSpec,
         initial_params: Callable[[], Params],
     ) -> dict[str, Any]:
+        start = None if phase.policy is None else self.result(phase.policy)
         result = training_lib.fit(
             directory=phase_directory(self.model_dir, phase.name),
             training=training,
@@ -396,7 +397,7 @@ class Runner:
             lengths=self.config.data.lengths,
             mean_reward=self.evaluator.mean_reward,
             # Every policy is measured with the same random numbers, so the phase before has measured this one's start.
-            initial_reward=None if phase.policy is None else self.result(phase.policy)["best_reward"],
+            initial_reward=None if start is None else start["best_reward"],
             seed=phase_seed(self.config.seed, phase.name),
             progress=progress,
             metrics_writer=self._writer,
