@@ -6,14 +6,13 @@ Exit codes: 0 done; 2 the configuration or the data is at fault; 42 preempted af
 import argparse
 import contextlib
 import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rest_jax.errors import Preempted, UserError
+from rest_jax.preemption import stop_on_sigterm
 
 EXIT_OTHER, EXIT_USER, EXIT_PREEMPTED = 1, 2, 42
 GIN_PREFIX = "--gin."
@@ -92,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_translate_options(
         add("translate", _translate, "Translate lines of text: one line in, one line out, in order.")
     )
+    _add_infer_options(
+        add("infer", _infer, "A task's split through a checkpoint, into the JSON lines that T5X's infer writes.")
+    )
     _add_filter_options(
         add(
             "filter", _filter, "Tell what a filter would keep of a Grow step's store. Needs no model and no TensorFlow."
@@ -155,6 +157,15 @@ def _add_translate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0, help="of --num_samples")
     sub.add_argument("--prefix", default="", help="put before each line, if the policy's task does so")
     sub.add_argument("--sources_per_chunk", type=int, default=64, help="lines translated together (default 64)")
+
+
+def _add_infer_options(sub: argparse.ArgumentParser) -> None:
+    _add_gin_options(sub)
+    modes = ("predict", "predict_with_aux", "score")
+    sub.add_argument("--mode", choices=modes, default="predict_with_aux", help="default predict_with_aux")
+    sub.add_argument("--split", default="test", help="of the task (default test)")
+    sub.add_argument("--shard_id", type=int, default=0, help="which of --num_shards parts this call does (default 0)")
+    sub.add_argument("--num_shards", type=int, default=1, help="default 1")
 
 
 def _add_filter_options(sub: argparse.ArgumentParser) -> None:
@@ -254,7 +265,7 @@ def _runner(options: Any) -> Iterator[Any]:
     _load_config(options)
     rest = config.build(ReST)
     sha256 = rest.data.vocabulary.sha256
-    with _stop_on_sigterm() as stop_requested:
+    with stop_on_sigterm() as stop_requested:
         # Cheap checks first: the text is read only once the rest is known to be in order.
         unread = {field.name: getattr(rest.data, field.name) for field in dataclasses.fields(rest.data)}
         draft = Runner(dataclasses.replace(rest, data=UnreadData(**unread)))
@@ -293,10 +304,10 @@ def _check_ready(runner: Any, phase: Any) -> None:
 
 
 def _start(options: Any, runner: Any) -> None:
-    """Writes config.gin, operative_config.gin and run.json, and says what is about to be done."""
+    """Writes config.gin, operative_config.gin, model-info.txt and run.json, and says what is about to be done."""
     import jax
 
-    from rest_jax import config, plan, run_files
+    from rest_jax import config, model_info, plan, run_files
 
     text = plan.describe(runner)
     if jax.process_index() == 0:
@@ -307,6 +318,7 @@ def _start(options: Any, runner: Any) -> None:
             operative=config.operative_text(),
             argv=options.argv,
             facts={"vocabulary_sha256": runner.config.data.vocabulary.sha256},
+            model_info=model_info.describe(runner.abstract_params, runner.config.partitioner),
         )
 
 
@@ -329,8 +341,8 @@ def _evaluate_checkpoint(options: Any, runner: Any) -> None:
     print(f"{found}: {shown}\nFiles: {directory}/{name}.*")
 
 
-def _load_config(options: Any, *, fallbacks: dict[str, str] | None = None) -> None:
-    """Parses what `--gin_file`, `--model_dir` and `--gin.NAME=value` give."""
+def _load_config(options: Any, *, fallbacks: dict[str, str] | None = None, also: Sequence[str] = ()) -> None:
+    """Parses what `--gin_file` and `--model_dir` give, the files `also` of a command, and `--gin.NAME=value`."""
     from pathlib import Path
 
     from rest_jax import config, run_files
@@ -345,30 +357,10 @@ def _load_config(options: Any, *, fallbacks: dict[str, str] | None = None) -> No
         files = [str(given)]
     bindings = [] if options.model_dir is None else [f"MODEL_DIR={options.model_dir!r}"]
     folders = [folder for text in options.gin_search_paths for folder in text.split(",") if folder]
-    config.load(gin_files=files, bindings=bindings + options.bindings, search_paths=folders, fallbacks=fallbacks)
-
-
-@contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGTERM has arrived: the run then saves and exits with 42. A second one ends it."""
-    requested = threading.Event()
-
-    def handle(number: int, frame: Any) -> None:
-        if requested.is_set():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-        requested.set()
-        # A signal handler may interrupt a print; a write to the descriptor cannot be in its way.
-        os.write(2, b"rest_jax: SIGTERM: saving at the next step; a second SIGTERM ends it at once\n")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield requested.is_set  # Python gives signals to the main thread alone.
-        return
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield requested.is_set
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    for note in config.load(
+        gin_files=[*files, *also], bindings=bindings + options.bindings, search_paths=folders, fallbacks=fallbacks
+    ):
+        print(f"rest_jax: {note}", file=sys.stderr)
 
 
 # The others -----------------------------------------------------------------------------------------------------------
@@ -412,6 +404,24 @@ def _translate(options: Any) -> None:
             f"rest_jax: {len(cut)} line(s) have more than {translator.source_length} tokens and were cut: {shown}",
             file=sys.stderr,
         )
+
+
+def _infer(options: Any) -> None:
+    from rest_jax import config, infer
+
+    fallbacks = dict(infer.FALLBACKS)
+    if options.model_dir is not None:
+        fallbacks["CHECKPOINT_PATH"] = repr(os.path.join(options.model_dir, "policy"))
+    _load_config(options, fallbacks=fallbacks, also=[infer.GIN])
+    print(
+        infer.run(
+            config.build(infer.Inference),
+            mode=options.mode,
+            split=options.split,
+            shard_id=options.shard_id,
+            num_shards=options.num_shards,
+        )
+    )
 
 
 def _filter(options: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import gin
 from gin import config as gin_config
 
-from rest_jax import paths
+from rest_jax import paths, t5x_macros
 from rest_jax.errors import UserError
 
 # Macros that say where a run happens and not what it computes: they may change when a run is continued.
@@ -32,11 +32,11 @@ def load(
     bindings: Sequence[str],
     search_paths: Sequence[str] = (),
     fallbacks: Mapping[str, str] | None = None,
-) -> None:
-    """Parses gin files, then `NAME=value` bindings over them.
+) -> list[str]:
+    """Parses gin files, then `NAME=value` bindings over them; returns notes for the user.
 
     Args:
-      gin_files: names, looked up in the working directory, `search_paths` and the package.
+      gin_files: names, looked up in the working directory, `search_paths`, the package and beside T5X's.
       bindings: as on the command line, `NAME=value`.
       search_paths: further folders for `gin_files` and for what they include.
       fallbacks: macro -> value, as gin text, for macros that the command does not need and that nothing sets.
@@ -50,8 +50,9 @@ def load(
     folders = [shipped[0], *search_paths, *shipped[1:]]
     if not gin_files:
         raise UserError(f"--gin_file is missing. The package has {', '.join(_names(shipped[1:], 'runs'))}.")
-    files = [_find(name, folders) for name in gin_files]
-    with _searching(folders):
+    lookup = [*folders, *paths.t5x_search_paths()]
+    files = [_find(name, lookup, suggest=folders) for name in gin_files]
+    with _searching(lookup):
         for name, file in zip(gin_files, files, strict=True):
             try:
                 gin.parse_config_file(str(file.absolute()))
@@ -63,13 +64,13 @@ def load(
                 raise UserError(f"{name}: {_explain(error)}") from error
     # Bindings are parsed after the files: their names must then exist.
     imports = _imports()
-    for binding in bindings:
-        _apply(binding, imports=imports)
+    ignored = {macro for binding in bindings if (macro := _apply(binding, imports=imports)) is not None}
     for name, value in (fallbacks or {}).items():
         if name in _missing_macros():
             gin.parse_config(f"{name} = {value}")
-    _check_macros()
+    ignored |= _check_macros()
     gin.finalize()
+    return [t5x_macros.note(macro) for macro in sorted(ignored)]
 
 
 def build(configurable: Any) -> Any:
@@ -139,13 +140,13 @@ def _no_search_notes(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Path not found: ")
 
 
-def _find(name: str, folders: Sequence[str]) -> Path:
-    for root in folders:
+def _find(name: str, lookup: Sequence[str], *, suggest: Sequence[str]) -> Path:
+    for root in lookup:
         candidate = Path(root) / name
         if candidate.is_file():
             return candidate
     raise UserError(
-        f"--gin_file {name!r} is in none of {', '.join(folders)}.{_did_you_mean_file(name, folders) or _runs(folders)}"
+        f"--gin_file {name!r} is in none of {', '.join(lookup)}.{_did_you_mean_file(name, suggest) or _runs(suggest)}"
     )
 
 
@@ -175,13 +176,18 @@ def _imports() -> str:
     return "\n".join([dynamic, *(line for line in lines if line != dynamic)]) + "\n" if dynamic in lines else ""
 
 
-def _apply(binding: str, *, imports: str) -> None:
-    """One `NAME=value` of the command line."""
+def _apply(binding: str, *, imports: str) -> str | None:
+    """One `NAME=value` of the command line; returns the name if it is ignored."""
     name, equals, value = binding.partition("=")
     name = name.strip()
     if not equals:
         raise UserError(f"--gin.{binding}: write --gin.NAME=value.")
     is_macro = "." not in name
+    if is_macro and name not in _used_macros():
+        if name in t5x_macros.IGNORED:
+            return name
+        if name in t5x_macros.INSTEAD:
+            raise UserError(f"--gin.{name}: {t5x_macros.INSTEAD[name]}.")
     if is_macro and name not in _known_macros():
         raise UserError(f"--gin.{name}: no gin file defines or uses this macro.{_did_you_mean_macro(name)}")
     text = value.strip()
@@ -197,9 +203,12 @@ def _apply(binding: str, *, imports: str) -> None:
         gin.parse_config(f"{imports}{name} = {text}")
     except Exception as error:
         raise UserError(f"--gin.{binding}: {_BINDING_LINE.sub('', _explain(error))}") from error
+    return None
 
 
 def _did_you_mean_macro(name: str) -> str:
+    if name in t5x_macros.INSTEAD:
+        return f": {t5x_macros.INSTEAD[name]}."
     known = sorted(_used_macros() - {name})
     close = difflib.get_close_matches(name.upper(), known, n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(close)}?" if close else f" Known: {', '.join(known)}."
@@ -208,6 +217,10 @@ def _did_you_mean_macro(name: str) -> str:
 def _explain(error: Exception) -> str:
     """gin's message, with the nearest known name where it did not know one."""
     message = str(error).strip()
+    if isinstance(error, ImportError) and "t5x" in message:
+        return f"{message}\nT5X, or what it needs, is not installed, or not on PYTHONPATH; see docs/t5x.md."
+    if re.search(r"(?:train|infer|eval)_script", message):
+        return f"{message}\nT5X's run files configure T5X's own trainer. Include its model file, then rest.gin."
     if match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message):
         names = _parameters(match[1])
         close = difflib.get_close_matches(match[2], names, n=3, cutoff=0.6)
@@ -293,9 +306,12 @@ def _missing_macros() -> set[str]:
     return (_known_macros() - values.keys()) | required
 
 
-def _check_macros() -> None:
-    """Every macro must be set, and used: one that nothing uses is a typing error that would change nothing."""
-    unused = sorted(_macro_values().keys() - _used_macros())
+def _check_macros() -> set[str]:
+    """Every macro must be set, and used: one that nothing uses is a typing error that would change nothing.
+
+    Returns those of T5X's that are set and have no effect.
+    """
+    unused = sorted(_macro_values().keys() - _used_macros() - t5x_macros.IGNORED.keys())
     if unused:
         lines = "\n".join(f"  {name}{_did_you_mean_macro(name)}" for name in unused)
         raise UserError(f"{len(unused)} gin macro(s) are set but nothing uses them:\n{lines}")
@@ -303,9 +319,12 @@ def _check_macros() -> None:
     if missing:
         listed = "\n".join(f"  {_EXAMPLES.get(name, f'--gin.{name}=...')}" for name in missing)
         raise UserError(f"{len(missing)} required gin macro(s) are not set; quotes inside quotes are meant:\n{listed}")
+    return t5x_macros.IGNORED.keys() & (_macro_values().keys() - _used_macros())
 
 
 _EXAMPLES = {
+    "CHECKPOINT_PATH": "--gin.CHECKPOINT_PATH=\"'/tmp/my_run/policy'\"",
+    "INFER_OUTPUT_DIR": "--gin.INFER_OUTPUT_DIR=\"'/tmp/inferred'\"",
     "MODEL_DIR": "--gin.MODEL_DIR=\"'/tmp/my_run'\"",
     "MIXTURE_OR_TASK_NAME": "--gin.MIXTURE_OR_TASK_NAME=\"'demo_de_en'\"",
     "TASK_FEATURE_LENGTHS": "--gin.TASK_FEATURE_LENGTHS=\"{'inputs': 128, 'targets': 128}\"",

@@ -134,7 +134,7 @@ class Partitioner:
         return jax.tree_util.tree_map_with_path(self._leaf_sharding, tree)
 
     def _leaf_sharding(self, path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = "/".join(_key_name(key) for key in path)
+        name = path_name(path)
         logical_axes = param_logical_axes(name)
         if logical_axes is None or len(logical_axes) != len(leaf.shape):
             return self.replicated()
@@ -212,6 +212,11 @@ def param_logical_axes(path: str) -> tuple[str, ...] | None:
                 return (*axes[:SCAN_AXIS], "layers", *axes[SCAN_AXIS:])
             return axes
     return None
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """The path of a leaf, as JAX gives it, as 'a/b/c'."""
+    return "/".join(_key_name(key) for key in path)
 
 
 def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -25,6 +25,15 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     return Path(list(spec.submodule_search_locations)[0]) / rest
 
 
+def t5x_search_paths() -> list[str]:
+    """Where T5X's gin files are found under their own names, `t5x/examples/...`; nowhere without T5X.
+
+    T5X is not imported for it.
+    """
+    spec = importlib.util.find_spec("t5x")
+    return [str(Path(folder).parent) for folder in (spec.submodule_search_locations or ())] if spec else []
+
+
 def gin_search_paths() -> list[str]:
     """Where `--gin_file` names are looked up: the working directory, then the package's gin files.
 

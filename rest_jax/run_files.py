@@ -1,4 +1,4 @@
-"""What a run leaves in MODEL_DIR before its first phase: config.gin, operative_config.gin, run.json.
+"""What a run leaves in MODEL_DIR before its first phase: config.gin, operative_config.gin, model-info.txt, run.json.
 
 A MODEL_DIR belongs to one configuration: results of two would be told apart by nobody.
 """
@@ -16,6 +16,7 @@ import jax
 
 from rest_jax import config, paths
 from rest_jax.errors import UserError
+from rest_jax.model_info import MODEL_INFO
 from rest_jax.summary import versions
 
 CONFIG, OPERATIVE, RUN = "config.gin", "operative_config.gin", "run.json"
@@ -95,15 +96,22 @@ def _nearest(path: Path, name: str) -> Path | None:
 
 
 def write_run_files(
-    model_dir: Path, *, given: str, operative: str, argv: Sequence[str], facts: Mapping[str, Any]
+    model_dir: Path,
+    *,
+    given: str,
+    operative: str,
+    argv: Sequence[str],
+    facts: Mapping[str, Any],
+    model_info: str | None = None,
 ) -> None:
-    """Writes the three files. A run that is continued keeps its first config.gin and adds to its run.json.
+    """Writes the files. A run that is continued keeps its first config.gin and adds to its run.json.
 
     Args:
       model_dir: made if need be.
       given, operative: see `config`.
       argv: the command line.
       facts: further entries of run.json, such as the vocabulary's hash.
+      model_info: see `model_info.describe`; None for no model-info.txt.
 
     Raises:
       UserError: MODEL_DIR cannot be made or written.
@@ -128,6 +136,8 @@ def write_run_files(
         if not (model_dir / CONFIG).is_file():
             _write(model_dir / CONFIG, given)
         _write(model_dir / OPERATIVE, operative)
+        if model_info is not None:
+            _write(model_dir / MODEL_INFO, model_info)
         _write(model_dir / RUN, json.dumps(run, indent=1) + "\n")
     except OSError as error:
         raise UserError(

@@ -133,6 +133,7 @@ def test_run_leaves_what_the_design_lists(finished: Path) -> None:
     # Defaults that no gin file names stand in what was used, of functions that training calls too.
     assert "optimizers.adamw.weight_decay" in operative and "optimizers.adamw.weight_decay" not in given
     assert (finished / "report.html").is_file() and (finished / "policy").is_dir()
+    assert "token_embedder/embedding" in (finished / "model-info.txt").read_text()
 
 
 @pytest.mark.usefixtures("one_device")
@@ -398,7 +399,7 @@ def test_gin_where_there_is_none(refused) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "train", "grow", "improve", "evaluate", "translate", "filter", "vocab", "report"]
+    "command", ["run", "train", "grow", "improve", "evaluate", "translate", "infer", "filter", "vocab", "report"]
 )
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
@@ -443,8 +444,8 @@ def test_sigterm_saves_and_exits_42(
 def test_second_sigterm_ends_the_process() -> None:
     program = """
 import os, signal, time
-from rest_jax import cli
-with cli._stop_on_sigterm() as stop_requested:
+from rest_jax.preemption import stop_on_sigterm
+with stop_on_sigterm() as stop_requested:
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop_requested()
     print("asked once", flush=True)
