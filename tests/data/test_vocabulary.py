@@ -8,7 +8,7 @@ import sentencepiece
 import seqio
 
 from rest_jax.data import seqio_tasks
-from rest_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary
+from rest_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, adopt
 from rest_jax.errors import UserError
 
 DEMO_DATA = Path(__file__).parents[2] / "tasks" / "demo_data"
@@ -52,6 +52,23 @@ def test_a_model_file_reads_as_in_seqio(train, ids, extra_ids) -> None:
         assert tokens == theirs.encode(text)
         assert ours.decode([*tokens, ours.eos_id, *tokens]) == theirs.decode([*tokens, ours.eos_id, *tokens])
     assert ours.decode_batch([ours.encode("Gott"), [0, 0]]) == ["Gott", ""]
+
+
+def test_ours_takes_the_place_of_seqios_with_the_same_ids(train) -> None:
+    path = train(**T5)
+    for theirs in (
+        seqio.SentencePieceVocabulary(path),
+        seqio.SentencePieceVocabulary(path, 100),
+        seqio.ByteVocabulary(),
+        seqio.ByteVocabulary(125),
+    ):
+        ours = adopt(theirs)
+        assert ours.sha256 == seqio_tasks.vocabulary_sha256(theirs) and ours.vocab_size == theirs.vocab_size
+        assert adopt(ours) is ours
+    with pytest.raises(UserError, match="VOCABULARY is .*PassThroughVocabulary"):
+        adopt(seqio.PassThroughVocabulary(8))
+    with pytest.raises(UserError, match="no such SentencePiece model: 'gs:"):
+        adopt(seqio.SentencePieceVocabulary("gs://bucket/x.model"))
 
 
 def test_extra_ids_are_sentinels_behind_the_pieces(train) -> None:
