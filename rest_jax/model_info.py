@@ -27,7 +27,7 @@ def describe(abstract_params: Any, partitioner: Partitioner) -> str:
 
 def _shape(name: str, shape: Sequence[int]) -> str:
     """`(embed=512, mlp=1024)`; without names where the parameter has none."""
-    axes = param_logical_axes(name)
+    axes = param_logical_axes(name, rank=len(shape))
     if axes is None or len(axes) != len(shape):
         return str(tuple(shape))
     return f"({', '.join(f'{axis}={size}' for axis, size in zip(axes, shape, strict=True))})"

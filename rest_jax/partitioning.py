@@ -135,7 +135,7 @@ class Partitioner:
 
     def _leaf_sharding(self, path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
-        logical_axes = param_logical_axes(name)
+        logical_axes = param_logical_axes(name, rank=len(leaf.shape))
         if logical_axes is None or len(logical_axes) != len(leaf.shape):
             return self.replicated()
         spec: list[tuple[str, ...] | None] = []
@@ -204,13 +204,18 @@ class Partitioner:
         return ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())
 
 
-def param_logical_axes(path: str) -> tuple[str, ...] | None:
-    """Logical axis names of the parameter whose name ends the path 'a/b/c'; None for a path of no parameter."""
+def param_logical_axes(path: str, *, rank: int | None = None) -> tuple[str, ...] | None:
+    """Logical axis names of the parameter whose name ends the path 'a/b/c'; None for a path of no parameter.
+
+    With a `rank` of one dimension more than ours has, heads and their sizes are two dimensions: as T5X's scalable_t5
+    keeps attention's kernels.
+    """
     for pattern, axes in PARAM_LOGICAL_AXES:
         if re.search(rf"(?:^|[/_]){pattern}$", path):
-            if re.search(SCANNED_STACK, path):
-                return (*axes[:SCAN_AXIS], "layers", *axes[SCAN_AXIS:])
-            return axes
+            scanned = re.search(SCANNED_STACK, path) is not None
+            if rank == len(axes) + scanned + 1:
+                axes = tuple(name for axis in axes for name in (("heads", "kv") if axis == "joined_kv" else (axis,)))
+            return (*axes[:SCAN_AXIS], "layers", *axes[SCAN_AXIS:]) if scanned else axes
     return None
 
 

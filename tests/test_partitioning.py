@@ -134,6 +134,11 @@ def test_every_parameter_has_logical_axes_of_its_rank():
     assert param_logical_axes("encoder/encoder/attention/query/kernel") == ("embed", "layers", "joined_kv")
     assert param_logical_axes("0/mu/decoder/decoder/pre_mlp_layer_norm/scale") == ("embed", "layers")
     assert param_logical_axes("decoder/decoder/relpos_bias/rel_embedding") == ("heads", "layers", "relpos_buckets")
+    # T5X's scalable_t5, where heads have a dimension of their own and layers still lie on axis 1.
+    scanned = "encoder/encoder/attention"
+    assert param_logical_axes(f"{scanned}/query/kernel", rank=4) == ("embed", "layers", "heads", "kv")
+    assert param_logical_axes(f"{scanned}/out/kernel", rank=4) == ("heads", "layers", "kv", "embed")
+    assert param_logical_axes("encoder/layers_0/attention/out/kernel", rank=3) == ("heads", "kv", "embed")
     assert param_logical_axes("count") is None
     assert param_logical_axes("decoder/my_logits_dense_2/kernel") is None
 
