@@ -486,6 +486,7 @@ def test_metrics_are_means_over_target_tokens(tmp_path):
         ({"patience": 0}, "patience is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"optimizer": object()}, "OPTIMIZER is an instance of builtins.object"),
     ],
 )
 def test_impossible_settings_are_named(changes, match):
