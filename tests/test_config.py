@@ -62,7 +62,7 @@ def test_fallbacks_serve_only_what_is_not_set() -> None:
     fallbacks = {"MODEL_DIR": "'a'", "NUM_SAMPLES": "1"}
     config.load(gin_files=["runs/smoke.gin"], bindings=[], fallbacks=fallbacks)
     rest = config.build(ReST)
-    assert rest.model_dir == "a" and rest.growing.sampling.num_samples == 16
+    assert rest.model_dir == "a" and rest.growing.sampling.num_samples == 8
 
 
 @pytest.mark.parametrize(
