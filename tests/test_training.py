@@ -282,9 +282,7 @@ def run_fit(
     """
     start_measured = changes.pop("start_measured", True)
     options = {"model": MODEL, "initial_params": make_params, "mixture": MIXTURE} | {
-        key: changes.pop(key)
-        for key in ("model", "initial_params", "mixture", "training")
-        if key in changes
+        key: changes.pop(key) for key in ("model", "initial_params", "mixture", "training") if key in changes
     }
     training = dataclasses.replace(options.pop("training", TRAINING), **changes)
     if rewards is None:
