@@ -64,7 +64,7 @@ class T5Config:
     logits are float32. `logits_via_embedding=True` with `mlp_activations=('relu',)` is T5 1.0;
     `relative_bias_per_layer=True` is UMT5: every layer has its own table of relative position biases.
 
-    `scan_layers=True` compiles one layer per stack however many there are, on T5X's scalable_t5 tree (`layer_stacking`
+    `scan_layers=True` compiles one layer per stack however many there are, on a tree of its own (`layer_stacking`
     converts). `remat_policy` says what a layer's backward pass computes anew instead of keeping: 'none' keeps all,
     'minimal' keeps the results of matrix products with a kernel, 'full' keeps the layer's input alone.
     """
