@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rest_jax import paths, run_files
@@ -19,9 +18,9 @@ from rest_jax.data.vocabulary import adopt
 from rest_jax.errors import UserError
 from rest_jax.models.initial_params import initial_params
 from rest_jax.partitioning import Partitioner
-from rest_jax.sampling import Sampling, decode
-from rest_jax.sampling.samples import PAD_ID
-from rest_jax.sampling.scored import chunks, run_chunks
+from rest_jax.sampling import Sampling
+from rest_jax.sampling.samples import log_probabilities
+from rest_jax.sampling.scored import chunks, draw_samples, run_chunks
 from rest_jax.translate import open_output
 
 GIN = "infer.gin"
@@ -164,19 +163,7 @@ def _predict(
     max_length: int,
 ) -> dict[str, jax.Array]:
     """Tokens `[batch, num_samples, max_length]` and scores `[batch, num_samples]`."""
-    samples = decode(
-        model,
-        params,
-        encoder_input_tokens=batch["encoder_input_tokens"],
-        source_ids=batch["source_ids"],
-        num_samples=sampling.num_samples,
-        max_length=max_length,
-        processing=sampling.processing,
-        beam_size=sampling.beam_size,
-        beam_alpha=sampling.beam_alpha,
-        seed=seed,
-        stream=stream,
-    )
+    samples = draw_samples(params, batch, seed, stream, model=model, sampling=sampling, max_length=max_length)
     return {"tokens": samples.tokens, "scores": samples.log_probs}
 
 
@@ -190,11 +177,6 @@ def _score(
     model: Any,
 ) -> dict[str, jax.Array]:
     """Scores `[batch]` of the references."""
-    targets = batch["references"]
-    features = {
-        "encoder_input_tokens": batch["encoder_input_tokens"],
-        "decoder_input_tokens": jnp.pad(targets[:, :-1], ((0, 0), (1, 0))),
-        "decoder_target_tokens": targets,
-        "decoder_loss_weights": (targets != PAD_ID).astype(jnp.float32),
-    }
-    return {"scores": model.score_batch(params, features)}
+    targets = batch["references"][:, None]
+    scores = log_probabilities(model, params, encoder_input_tokens=batch["encoder_input_tokens"], tokens=targets)
+    return {"scores": scores[:, 0]}

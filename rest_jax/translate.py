@@ -21,7 +21,8 @@ from rest_jax.errors import UserError
 from rest_jax.models.initial_params import initial_params
 from rest_jax.partitioning import Partitioner
 from rest_jax.rest import phase_directory
-from rest_jax.sampling import LogitProcessing, Samples, Sampling, decode
+from rest_jax.sampling import LogitProcessing, Samples, Sampling
+from rest_jax.sampling.scored import draw_samples
 
 Params = Any
 # Lines that are read, sorted by length and translated together, in chunks: bounds memory, and how long a pipe waits.
@@ -82,17 +83,9 @@ class Translator:
             first += len(block)
 
     def _program(self, params: Params, sources: jax.Array, source_ids: jax.Array, seed: jax.Array) -> Samples:
-        return decode(
-            self.model,
-            params,
-            encoder_input_tokens=sources,
-            source_ids=source_ids,
-            num_samples=self.sampling.num_samples,
-            max_length=self.target_length,
-            processing=self.sampling.processing,
-            beam_size=self.sampling.beam_size,
-            beam_alpha=self.sampling.beam_alpha,
-            seed=seed,
+        batch = {"encoder_input_tokens": sources, "source_ids": source_ids}
+        return draw_samples(
+            params, batch, seed, 0, model=self.model, sampling=self.sampling, max_length=self.target_length
         )
 
     def _block(

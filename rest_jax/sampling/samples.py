@@ -1,5 +1,7 @@
 """What every way of decoding returns."""
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -22,3 +24,24 @@ class Samples:
             lengths=jnp.sum(tokens != PAD_ID, axis=-1, dtype=jnp.int32),
             hit_eos=jnp.any(tokens == eos_id, axis=-1),
         )
+
+
+def log_probabilities(model: Any, params: Any, *, encoder_input_tokens: jax.Array, tokens: jax.Array) -> jax.Array:
+    """log π of samples `[batch, num_samples, length]`, natural log, summed over all tokens incl. EOS. -> `[batch, N]`.
+
+    By teacher forcing with `model.score_batch`, ours or T5X's; one sample of each source at a time, which takes the
+    memory of one batch.
+    """
+
+    def one_sample(targets: jax.Array) -> jax.Array:  # [batch, length] -> [batch]
+        return model.score_batch(
+            params,
+            {
+                "encoder_input_tokens": encoder_input_tokens,
+                "decoder_input_tokens": jnp.pad(targets[:, :-1], ((0, 0), (1, 0))),
+                "decoder_target_tokens": targets,
+                "decoder_loss_weights": (targets != PAD_ID).astype(jnp.float32),
+            },
+        )
+
+    return jax.lax.map(one_sample, tokens.swapaxes(0, 1)).swapaxes(0, 1)

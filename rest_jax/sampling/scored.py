@@ -16,6 +16,7 @@ from rest_jax.partitioning import Partitioner
 from rest_jax.rewards.base import Reward
 from rest_jax.sampling.processors import LogitProcessing
 from rest_jax.sampling.sampler import decode
+from rest_jax.sampling.samples import Samples
 
 Params = Any
 Program = Callable[..., dict[str, Any]]
@@ -52,6 +53,32 @@ class Sampling:
             )
 
 
+def draw_samples(
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    seed: jax.Array,
+    stream: jax.Array | int,
+    *,
+    model: Any,
+    sampling: Sampling,
+    max_length: int,
+) -> Samples:
+    """`sampler.decode` as `sampling` says; the arguments are those of `sample_and_score`."""
+    return decode(
+        model,
+        params,
+        encoder_input_tokens=batch["encoder_input_tokens"],
+        source_ids=batch["source_ids"],
+        num_samples=sampling.num_samples,
+        max_length=max_length,
+        processing=sampling.processing,
+        beam_size=sampling.beam_size,
+        beam_alpha=sampling.beam_alpha,
+        seed=seed,
+        stream=stream,
+    )
+
+
 def sample_and_score(
     params: Params,
     reward_params: Params,
@@ -79,19 +106,7 @@ def sample_and_score(
       samples (`Samples`), components `{name: [batch, num_samples]}`, rewards `[batch, num_samples]`,
       reference_rewards `[batch]` and real `[batch]` (False for fillers).
     """
-    samples = decode(
-        model,
-        params,
-        encoder_input_tokens=batch["encoder_input_tokens"],
-        source_ids=batch["source_ids"],
-        num_samples=sampling.num_samples,
-        max_length=max_length,
-        processing=sampling.processing,
-        beam_size=sampling.beam_size,
-        beam_alpha=sampling.beam_alpha,
-        seed=seed,
-        stream=stream,
-    )
+    samples = draw_samples(params, batch, seed, stream, model=model, sampling=sampling, max_length=max_length)
 
     def score(tokens: jax.Array) -> dict[str, jax.Array]:
         return reward.score(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from rest_jax.data.vocabulary import eos_id_of
 from rest_jax.errors import UserError
 from rest_jax.sampling.processors import LogitProcessing, legal_tokens
-from rest_jax.sampling.samples import PAD_ID, Samples
+from rest_jax.sampling.samples import PAD_ID, Samples, log_probabilities
 
 Params = Any
 # T5X's own for "impossible": its beam search tells unfinished hypotheses by scores of this size.
@@ -77,7 +77,7 @@ def decode(
         tokens = jnp.take_along_axis(tokens, order[:, :, None], axis=1)
     real = jnp.any(encoder_input_tokens > 0, axis=-1)
     tokens = jnp.where(real[:, None, None], tokens, PAD_ID).astype(jnp.int32)
-    log_probs = score(model, params, encoder_input_tokens=encoder_input_tokens, tokens=tokens)
+    log_probs = log_probabilities(model, params, encoder_input_tokens=encoder_input_tokens, tokens=tokens)
     return Samples.of(tokens, log_probs, eos_id=eos_id_of(model.output_vocabulary))
 
 
@@ -86,26 +86,6 @@ def chunk_key(*, seed: jax.Array | int, stream: jax.Array | int, source_ids: jax
     base = jax.random.fold_in(jax.random.key(seed), stream)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(base, source_ids.astype(jnp.uint32))
     return jax.random.wrap_key_data(jnp.sum(jax.random.key_data(keys), axis=0, dtype=jnp.uint32))
-
-
-def score(model: Any, params: Params, *, encoder_input_tokens: jax.Array, tokens: jax.Array) -> jax.Array:
-    """log π of samples `[batch, num_samples, length]`, natural log, summed over all tokens incl. EOS. -> `[batch, N]`.
-
-    One sample of each source at a time, so that it takes the memory of one batch.
-    """
-
-    def one_sample(targets: jax.Array) -> jax.Array:  # [batch, length] -> [batch]
-        return model.score_batch(
-            params,
-            {
-                "encoder_input_tokens": encoder_input_tokens,
-                "decoder_input_tokens": jnp.pad(targets[:, :-1], ((0, 0), (1, 0))),
-                "decoder_target_tokens": targets,
-                "decoder_loss_weights": (targets != PAD_ID).astype(jnp.float32),
-            },
-        )
-
-    return jax.lax.map(one_sample, tokens.swapaxes(0, 1)).swapaxes(0, 1)
 
 
 def _t5x_decoding(model: Any) -> Any:

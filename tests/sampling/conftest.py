@@ -11,6 +11,7 @@ import pytest
 
 from rest_jax.models import t5
 from rest_jax.models.encoder_decoder import EncoderDecoderModel
+from rest_jax.sampling import decode
 
 VOCAB, EMBEDDING = 27, 32  # Pieces of the vocabulary, and rows of the embedding, padded past it.
 
@@ -76,6 +77,25 @@ def padded_sources(lengths, *, width=None, vocab=VOCAB, seed=0):
     for row, length in enumerate(lengths):
         rows[row, :length] = np.random.default_rng((seed, row)).integers(2, vocab, length)
     return rows
+
+
+@functools.cache
+def compiled_decode(model, **settings):
+    """`decode` with `settings` as a program of (params, sources, source_ids, seed, stream)."""
+
+    @jax.jit
+    def run(params, sources, source_ids, seed, stream):
+        return decode(
+            model,
+            params,
+            encoder_input_tokens=sources,
+            source_ids=source_ids,
+            seed=seed,
+            stream=stream,
+            **settings,
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")

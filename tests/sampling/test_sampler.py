@@ -12,7 +12,7 @@ import scipy.stats
 from rest_jax.partitioning import Partitioner, make_mesh
 from rest_jax.sampling import LogitProcessing
 from rest_jax.sampling.sampler import decode, sample_keys
-from tests.sampling.conftest import EMBEDDING, VOCAB, make_tiny, padded_sources
+from tests.sampling.conftest import EMBEDDING, VOCAB, compiled_decode, make_tiny, padded_sources
 
 LENGTHS = (7, 3, 12, 5, 9, 12, 1, 6)
 # Also ids past 2^31, which a cast to int32 would wrap.
@@ -24,26 +24,8 @@ TEMPERED = LogitProcessing(temperature=0.8)
 def draw_samples(
     tiny, sources, source_ids, *, num_samples=5, max_length=MAX_LENGTH, processing=TEMPERED, seed=0, stream=0
 ):
-    run = compiled_sampler(tiny.model, num_samples, max_length, processing)
+    run = compiled_decode(tiny.model, num_samples=num_samples, max_length=max_length, processing=processing)
     return jax.device_get(run(tiny.params, sources, source_ids, np.uint32(seed), np.uint32(stream)))
-
-
-@functools.cache
-def compiled_sampler(model, num_samples, max_length, processing):
-    def run(params, sources, source_ids, seed, stream):
-        return decode(
-            model,
-            params,
-            encoder_input_tokens=sources,
-            source_ids=source_ids,
-            num_samples=num_samples,
-            max_length=max_length,
-            processing=processing,
-            seed=seed,
-            stream=stream,
-        )
-
-    return jax.jit(run)
 
 
 @pytest.fixture(scope="module")

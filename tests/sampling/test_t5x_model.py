@@ -3,7 +3,6 @@
 Skipped where t5x is absent; docs/t5x.md says what it needs.
 """
 
-import functools
 import warnings
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ import pytest
 from rest_jax.errors import UserError
 from rest_jax.models.initial_params import initial_params
 from rest_jax.sampling import LogitProcessing, Samples, decode, t5x_model
-from tests.sampling.conftest import EMBEDDING, VOCAB, make_tiny, padded_sources
+from tests.sampling.conftest import EMBEDDING, VOCAB, compiled_decode, make_tiny, padded_sources
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what T5X imports
@@ -48,29 +47,12 @@ def tiny():
     return make_tiny()
 
 
-@functools.cache
-def program(model=MODEL, *, num_samples=3, max_length=7, processing=PLAIN, beam_size=0, beam_alpha=0.6):
-    @jax.jit
-    def drawn(params, sources, source_ids, seed, stream) -> Samples:
-        return decode(
-            model,
-            params,
-            encoder_input_tokens=sources,
-            source_ids=source_ids,
-            num_samples=num_samples,
-            max_length=max_length,
-            processing=processing,
-            beam_size=beam_size,
-            beam_alpha=beam_alpha,
-            seed=seed,
-            stream=stream,
-        )
-
-    return drawn
-
-
-def draw(params, sources=SOURCES, source_ids=IDS, *, seed=0, stream=0, **settings) -> Samples:
-    return jax.device_get(program(**settings)(params, sources, source_ids, seed, stream))
+def draw(
+    params, sources=SOURCES, source_ids=IDS, *, model=MODEL, seed=0, stream=0, processing=PLAIN, **settings
+) -> Samples:
+    settings = {"num_samples": 3, "max_length": 7, **settings}
+    run = compiled_decode(model, processing=processing, **settings)
+    return jax.device_get(run(params, sources, source_ids, seed, stream))
 
 
 def test_greedy_decoding_is_our_own_models(tiny):
