@@ -163,9 +163,7 @@ def _log_odds(lengths: npt.NDArray[np.int64], buckets: npt.NDArray[np.int32]) ->
     return np.log(hazard) - np.log1p(-hazard)
 
 
-def _biases(
-    weights: npt.NDArray[np.float64], buckets: npt.NDArray[np.int32], *, size: int
-) -> npt.NDArray[np.float32]:
+def _biases(weights: npt.NDArray[np.float64], buckets: npt.NDArray[np.int32], *, size: int) -> npt.NDArray[np.float32]:
     """Biases `[size]` with which the start token has about `weights[t]` of the softmax at position t; see above."""
     biases = np.zeros(size)
     total = 1.0  # sum of exp(bias) over the distances so far, the start token's own at distance 0 among them
