@@ -11,7 +11,8 @@ import pytest
 from rest_jax.models import t5
 from rest_jax.models.encoder_decoder import EncoderDecoderModel
 from rest_jax.sampling import LogitProcessing, decode
-from tests.benchmarks.sampling import compare, engines, weights
+from tests.benchmarks.sampling import compare, engines, growth, weights
+from tests.benchmarks.sampling.setting import Setting
 
 CONFIG = t5.T5Config(256, 64, 2, 1, 2, 16, 64)
 SOURCES = np.random.default_rng(0).integers(2, 256, (4, 6)).astype(np.int32)
@@ -52,6 +53,16 @@ def test_flops_are_the_formulas():
     encoder = layer * 5 + 4 * 32 * 25 + 2 * 4 * 64 * 32 * 5
     flops = compare.sample_flops(CONFIG, steps=np.array([3, 4]), source_length=5, num_samples=2)
     assert flops == decoder + steps * 2 * 64 * 256 + encoder
+
+
+def test_memory_of_sources_is_read_off_the_loop():
+    setting = Setting(model="", sources=4, target_length=6)
+    measured = growth.memory(setting, EncoderDecoderModel(t5.Transformer(CONFIG), None, None))["rows"]
+    once = measured[0]["keys_and_values_once"]
+    assert once == 2 * 2 * 32 * 4 * 4 * measured[0]["source_length"]  # keys, values; layers; A; bytes; sources
+    assert all(once <= row["source_bytes"] < 3 * once for row in measured)
+    with pytest.raises(ValueError, match="no loop"):
+        growth.loop_bytes("%while.1 = (s32[], f32[4,6]{1,0}) while(%tuple)", length=7)
 
 
 def test_tokens_before_eos_are_counted():

@@ -19,8 +19,8 @@ A = heads x head_dim, F mlp_dim, V vocabulary, S the source's and n the sample's
 and once for its source, shared by N samples, (8 D A + 6 D F) S + 4 A S S a layer of the encoder and 4 D A S a layer of
 the decoder, its cross-attention's keys and values (6 D F for a gated feed-forward layer, 4 D F for a plain one).
 
-Of ours alone: --scaling (time per token from 1,000 to 100,000 samples), --memory (what of the program's memory grows
-with the source's length, N = 1, 32, 256) and --compile (seconds); see growth.py.
+Of ours alone: --scaling (time per token from 1,000 to 100,000 samples), --memory (what the decode loop holds of
+the sources, N = 1, 32, 256) and --compile (seconds); see growth.py.
 """
 
 import argparse

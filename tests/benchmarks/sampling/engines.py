@@ -139,7 +139,11 @@ def t5x_engine(folder: Path, task: Task, sources: npt.NDArray[np.int32]) -> Engi
         )  # fmt: skip
         return tokens  # [sources, num_decodes, length], ends with EOS, then padding
 
-    options = {"num_decodes": task.num_samples, "temperature": task.temperature, "length": task.target_length}
+    options: dict[str, Any] = {
+        "num_decodes": task.num_samples,
+        "temperature": task.temperature,
+        "length": task.target_length,
+    }
     start = time.perf_counter()
     program = jax.jit(functools.partial(predict, **options)).lower(params, jax.random.key(0)).compile()
     compile_seconds = time.perf_counter() - start

@@ -1,7 +1,10 @@
 """Our engine alone, as what is asked of it grows."""
 
+import dataclasses
 import functools
+import itertools
 import math
+import re
 import statistics
 import time
 from typing import Any
@@ -10,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rest_jax.models import t5
 from rest_jax.models.encoder_decoder import EncoderDecoderModel
 from rest_jax.models.initial_params import initial_params
 from rest_jax.sampling import LogitProcessing, Sampling
@@ -58,40 +62,72 @@ def scaling(setting: Setting, model: EncoderDecoderModel) -> dict[str, Any]:
 
 
 def memory(setting: Setting, model: EncoderDecoderModel) -> dict[str, Any]:
-    """Bytes of the compiled program that come with the source's length, per source and position, for N of 1, 32, 256.
+    """Bytes of all arrays with the source's length that the decode loop holds, for N of 1, 32 and 256.
 
-    Its temporaries at twice the source's length less those at the length itself: cross-attention's keys and values, and
-    scores and weights of the layer at work. Beside it, what keys and values need once, and tiled N times.
+    They are read off the compiled program, whose loops name all that they carry or read from outside: cross-attention's
+    keys and values, and the mask. What keys and values need, once and tiled N times, stands beside it.
     """
     config = model.module.config
-    itemsize = jnp.dtype(config.dtype).itemsize
-    once = 2 * config.num_decoder_layers * config.num_heads * config.head_dim * itemsize
+    length = _unmistakable_length(setting, config)
+    width = config.num_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
+    once = 2 * config.num_decoder_layers * width * setting.sources * length
     rows = []
     for num_samples in SAMPLES_PER_SOURCE:
-        temporaries = [
-            _lowered(setting, model, num_samples=num_samples, source_length=length)
-            .compile()
-            .memory_analysis()
-            .temp_size_in_bytes
-            for length in (setting.source_length, 2 * setting.source_length)
-        ]
-        growth = (temporaries[1] - temporaries[0]) / (setting.sources * setting.source_length)
+        compiled = _lowered(setting, model, num_samples=num_samples, source_length=length).compile()
+        analysis, text = compiled.memory_analysis(), compiled.as_text()
+        assert analysis is not None and text is not None
         rows.append({
             "num_samples": num_samples,
-            "temporary_bytes": temporaries[0],
-            "bytes_per_source_position": growth,
+            "source_length": length,
+            "source_bytes": loop_bytes(text, length=length),
             "keys_and_values_once": once,
             "keys_and_values_tiled": once * num_samples,
+            "temporary_bytes": analysis.temp_size_in_bytes,
         })  # fmt: skip
     return {
         "rows": rows,
         "lines": [
-            f"N = {row['num_samples']:3d}: {row['bytes_per_source_position']:8.0f} B per source position (keys and "
-            f"values once: {once}, tiled: {row['keys_and_values_tiled']}); all temporaries "
+            f"N = {row['num_samples']:3d}: {row['source_bytes'] / 1e6:.2f} MB of sources of {length} (keys and values "
+            f"once {once / 1e6:.2f} MB, tiled {row['keys_and_values_tiled'] / 1e6:.2f} MB); all temporaries "
             f"{row['temporary_bytes'] / 1e6:.0f} MB"
             for row in rows
         ],
     }
+
+
+def loop_bytes(compiled: str, *, length: int) -> int:
+    """Bytes of the arrays with a dimension of `length` in the loop that holds most of them.
+
+    Args:
+      compiled: text of a compiled program (HLO).
+      length: no other dimension of the program.
+
+    Raises:
+      ValueError: there are none, so that this finds nothing out.
+    """
+    most = 0
+    for line in compiled.splitlines():
+        before, found, _ = line.partition(" while(")
+        if found:
+            arrays = [(name, dims.split(",")) for name, dims in re.findall(r"\b([a-z]+\d+)\[([\d,]+)\]", before)]
+            # f32, bf16, s8: the bits stand in the name
+            sizes = [
+                int(re.sub(r"\D", "", name)) // 8 * math.prod(map(int, dims))
+                for name, dims in arrays
+                if str(length) in dims
+            ]
+            most = max(most, sum(sizes))
+    if not most:
+        raise ValueError(f"no loop of the program holds an array with a dimension of {length}")
+    return most
+
+
+def _unmistakable_length(setting: Setting, config: t5.T5Config) -> int:
+    """The next multiple of 32 to the source's length that is no other dimension."""
+    numbers = [n for n in dataclasses.asdict(config).values() if isinstance(n, int)]
+    numbers += [setting.sources, setting.target_length, *SAMPLES_PER_SOURCE]
+    taken = {a * b for a in (1, *numbers) for b in (1, *numbers)}
+    return next(n for n in itertools.count(-(-setting.source_length // 32) * 32, 32) if n not in taken)
 
 
 def compile_time(setting: Setting, model: EncoderDecoderModel) -> dict[str, Any]:
