@@ -190,7 +190,9 @@ def transformers_engine(folder: Path, task: Task, sources: npt.NDArray[np.int32]
                 return_dict_in_generate=True,
             )  # fmt: skip
             scores = network.compute_transition_scores(best.sequences, best.scores, normalize_logits=True)
-        return best.sequences[:, 1:].cpu().numpy(), scores.float().sum(-1).cpu().numpy()
+        tokens = best.sequences[:, 1:]
+        log_probs = scores.float().masked_fill(tokens == 0, 0.0).sum(-1)  # padding after EOS has a score there too
+        return _padded(tokens.cpu().numpy()), log_probs.cpu().numpy()
 
     generate(max_new_tokens=2)
     return Engine(draw, greedy, torch.cuda.max_memory_allocated if device == "cuda" else lambda: None)
@@ -223,7 +225,7 @@ def ctranslate2_engine(
     inputs = [[pieces[token] for token in row if token] for row in sources]
 
     def translate(**options: Any) -> Any:
-        return translator.translate_batch(inputs, beam_size=1, max_batch_size=0, **options)
+        return translator.translate_batch(inputs, beam_size=1, max_batch_size=0, min_decoding_length=0, **options)
 
     def sample(*, max_length: int) -> npt.NDArray[np.int64]:
         results = translate(
@@ -237,11 +239,11 @@ def ctranslate2_engine(
         return sample(max_length=task.target_length)
 
     def greedy() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        results = translate(sampling_topk=1, max_decoding_length=GREEDY_LENGTH, return_scores=True, length_penalty=0)
-        tokens = np.zeros((len(results), GREEDY_LENGTH), np.int64)
-        for row, result in zip(tokens, results, strict=True):
-            found = [ids[piece] for piece in result.hypotheses[0]]
-            row[: len(found)] = found
+        results = translate(
+            sampling_topk=1, max_decoding_length=GREEDY_LENGTH, return_scores=True, length_penalty=0,
+            return_end_token=True,
+        )  # fmt: skip
+        tokens = np.concatenate([_padded(np.array([[ids[p] for p in r.hypotheses[0]]])) for r in results])
         return tokens, np.array([result.scores[0] for result in results])
 
     sample(max_length=2)
@@ -278,6 +280,11 @@ def _before_eos(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """`[n, length]` -> `[n]`: tokens before EOS (1), or all where there is none."""
     ended = tokens == 1
     return np.where(ended.any(axis=1), ended.argmax(axis=1), tokens.shape[1])
+
+
+def _padded(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """`[n, length]` -> `[n, GREEDY_LENGTH]`."""
+    return np.pad(tokens, ((0, 0), (0, GREEDY_LENGTH - tokens.shape[1])))
 
 
 def _forget_peak() -> None:
