@@ -126,7 +126,9 @@ def _reserve(params: dict[str, npt.NDArray[np.float32]], head_dim: int) -> None:
         elif name.endswith(("/out/kernel", "/wo/kernel")):
             value *= _WRITES
             value[:, _RESERVED] = 0.0
-    params["decoder/decoder_norm/scale"][[*range(_CONSTANT.stop), _PLACE]] = 1.0
+    # So that EOS's weights of both are of one size, and int8 does not round one of them away.
+    params["decoder/decoder_norm/scale"][_CONSTANT] = 0.25
+    params["decoder/decoder_norm/scale"][_PLACE] = 3.0
     first = "decoder/layers_0"
     params[f"{first}/pre_self_attention_layer_norm/scale"][_START] = 1.0
     for kernel in ("query", "key", "value"):
