@@ -120,44 +120,50 @@ def draw(
       Token ids `[rows]` int32, and their log-probability `[rows]` before processing and among all tokens, illegal ones
       included. A token of probability zero is never drawn, however the sums round.
     """
-    blocks = _blocks(jnp.where(legal, logits, NEGATIVE_INFINITY))
-    largest = _over_vocabulary(jnp.max, blocks)
-    sums = jnp.sum(jnp.exp(blocks - _wide(largest)), axis=-2)  # [rows, LANES]
+    # What is illegal is masked in each pass: one masked copy of the logits for all of them would cost as much as a pass.
+    blocks = _blocks(logits)
+    mask = np.pad(legal, (0, -len(legal) % LANES)).reshape(-1, LANES)
+    largest = _over_vocabulary(jnp.max, jnp.where(mask, blocks, NEGATIVE_INFINITY))
+    sums = jnp.sum(jnp.where(mask, jnp.exp(blocks - _wide(largest)), 0.0), axis=-2)  # [rows, LANES]
     log_total = largest + jnp.log(jnp.sum(sums, axis=-1))
     if not legal.all():
         # Few tokens, and none of them may hide the legal ones by its size: summed by themselves.
         log_total = jnp.logaddexp(log_total, jax.nn.logsumexp(logits[:, np.flatnonzero(~legal)], axis=-1))
     if uniform is None:
-        token = _first(blocks == _wide(largest))
+        token = _first(mask & (blocks == _wide(largest)))
     else:
-        token = _invert(blocks, uniform, largest=largest, sums=sums, processing=processing)
+        if processing.temperature != 1 or processing.truncates:
+            blocks = blocks / processing.temperature
+            largest = largest / processing.temperature
+            if processing.truncates:
+                blocks = jnp.where(mask, blocks, NEGATIVE_INFINITY)
+                least = processing.least_kept(blocks.reshape(logits.shape[0], -1))
+                blocks = jnp.where(blocks >= _wide(least), blocks, NEGATIVE_INFINITY)
+            sums = jnp.sum(jnp.where(mask, jnp.exp(blocks - _wide(largest)), 0.0), axis=-2)
+        token = _invert(blocks, uniform, mask=mask, largest=largest, sums=sums)
     return token, jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - log_total
 
 
 def _invert(
-    blocks: jax.Array, uniform: jax.Array, *, largest: jax.Array, sums: jax.Array, processing: LogitProcessing
+    blocks: jax.Array, uniform: jax.Array, *, mask: npt.NDArray[np.bool_], largest: jax.Array, sums: jax.Array
 ) -> jax.Array:
-    """Tokens `[rows]` at `uniform` `[rows]` of the processed distribution; `sums` `[rows, LANES]` are the policy's."""
-    temperature = processing.temperature
-    least = jnp.full_like(largest, -jnp.inf)
-    if processing.truncates:
-        least = processing.least_kept(blocks.reshape(len(blocks), -1) / temperature)
+    """Tokens at `uniform` `[rows]` of the distribution with logits `[rows, blocks, LANES]` where `mask` is True.
 
-    def weigh(logits: jax.Array, wide: tuple[int, ...]) -> jax.Array:
-        tempered, top = logits / temperature, jnp.expand_dims(largest / temperature, wide)
-        return jnp.where(tempered >= jnp.expand_dims(least, wide), jnp.exp(tempered - top), 0.0)
-
-    if temperature != 1 or processing.truncates:
-        sums = jnp.sum(weigh(blocks, (1, 2)), axis=-2)
+    Args:
+      blocks, uniform, mask: see above.
+      largest: `[rows]`, of the logits.
+      sums: `[rows, LANES]`, of exp(logits - largest) over the blocks.
+    """
     ends = _ends(sums)
     total = jnp.max(ends, axis=-1)
     target = _below(uniform * total, total)
-    lane = jnp.argmax(ends > target[:, None], axis=-1)[:, None]  # the first whose end lies past the target
-    before = jnp.take_along_axis(ends - sums, lane, axis=-1)[:, 0]
-    column = weigh(jnp.take_along_axis(blocks, lane[:, None], axis=-1)[..., 0], (1,))  # [rows, blocks]
-    ends = _ends(column)
+    lane = jnp.argmax(ends > target[:, None], axis=-1)  # the first whose end lies past the target
+    before = jnp.take_along_axis(ends - sums, lane[:, None], axis=-1)[:, 0]
+    column = jnp.take_along_axis(blocks, lane[:, None, None], axis=-1)[..., 0]  # [rows, blocks]
+    weights = jnp.where(jnp.asarray(mask.T)[lane], jnp.exp(column - largest[:, None]), 0.0)
+    ends = _ends(weights)
     block = jnp.argmax(ends > _below(target - before, jnp.max(ends, axis=-1))[:, None], axis=-1)
-    return (block * LANES + lane[:, 0]).astype(jnp.int32)
+    return (block * LANES + lane).astype(jnp.int32)
 
 
 def _ends(weights: jax.Array) -> jax.Array:
