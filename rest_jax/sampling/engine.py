@@ -10,6 +10,7 @@ when, changes nothing.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -31,11 +32,14 @@ class Layout:
       groups: groups of slots.
       slots_per_group: slots of each.
       places: sources that a group works on at a time.
+      shrunk: fewer and fewer slots per group, to which the loop goes down when no sample waits any more and those that
+        are left fit; each is one more compilation of the loop's body.
     """
 
     groups: int
     slots_per_group: int
     places: int
+    shrunk: tuple[int, ...] = ()
 
     @property
     def slots(self) -> int:
@@ -65,7 +69,7 @@ class _Slots(NamedTuple):
 
 
 class _State(NamedTuple):
-    steps: jax.Array  # scalar int32
+    slot_steps: jax.Array  # scalar int32
     next_source: jax.Array  # scalar int32: how many sources have had a place
     places: _Places
     slots: _Slots
@@ -112,9 +116,10 @@ def draw_all(
     order = jnp.argsort(-lengths, stable=True)
     num_sources = jnp.sum(lengths > 0, dtype=jnp.int32)
 
-    def unfinished(state: _State) -> jax.Array:
+    def unfinished(state: _State, *, least: int) -> jax.Array:
+        """Samples wait for a slot, or some group works on more than `least`."""
         waiting = (state.next_source < num_sources) | jnp.any(state.places.next_sample < num_samples)
-        return waiting | jnp.any(state.slots.sample < num_samples)
+        return waiting | jnp.any(jnp.sum(state.slots.sample < num_samples, axis=1) > least)
 
     def step(state: _State) -> _State:
         places, next_source = _take_sources(
@@ -153,7 +158,7 @@ def draw_all(
         row = jnp.where(active, source, batch)  # past the end: dropped
         ended = (token == eos_id) | (slots.position + 1 == max_length)
         return _State(
-            steps=state.steps + 1,
+            slot_steps=state.slot_steps + active.size,
             next_source=next_source,
             places=places,
             slots=_Slots(
@@ -170,24 +175,35 @@ def draw_all(
     shape = (layout.groups, layout.slots_per_group)
     zeros = jnp.zeros(shape, jnp.int32)
     nowhere = jnp.full((layout.groups, layout.places), batch, jnp.int32)
-    end = jax.lax.while_loop(
-        unfinished,
-        step,
-        _State(
-            steps=jnp.zeros((), jnp.int32),
-            next_source=jnp.zeros((), jnp.int32),
-            places=_Places(
-                source=nowhere,
-                next_sample=jnp.full_like(nowhere, num_samples),
-                cross=_cross_of_places(sources.cross, nowhere),
-            ),
-            slots=_Slots(place=zeros, sample=jnp.full(shape, num_samples, jnp.int32), position=zeros, last=zeros),
-            cache=decoder.empty_cache(config, max_length=max_length, slots=layout.slots, dtype=cache_dtype),
-            tokens=jnp.full((batch, num_samples, max_length), PAD_ID, jnp.int32),
-            log_probs=jnp.zeros((batch, num_samples), jnp.float32),
+    state = _State(
+        slot_steps=jnp.zeros((), jnp.int32),
+        next_source=jnp.zeros((), jnp.int32),
+        places=_Places(
+            source=nowhere,
+            next_sample=jnp.full_like(nowhere, num_samples),
+            cross=_cross_of_places(sources.cross, nowhere),
         ),
+        slots=_Slots(place=zeros, sample=jnp.full(shape, num_samples, jnp.int32), position=zeros, last=zeros),
+        cache=decoder.empty_cache(config, max_length=max_length, slots=layout.slots, dtype=cache_dtype),
+        tokens=jnp.full((batch, num_samples, max_length), PAD_ID, jnp.int32),
+        log_probs=jnp.zeros((batch, num_samples), jnp.float32),
     )
-    return end.tokens, end.log_probs, end.steps * layout.slots
+    for fewer in (*layout.shrunk, 0):
+        state = jax.lax.while_loop(functools.partial(unfinished, least=fewer), step, state)
+        if fewer:
+            state = _shrink(state, fewer, num_samples=num_samples)
+    return state.tokens, state.log_probs, state.slot_steps
+
+
+def _shrink(state: _State, slots_per_group: int, *, num_samples: int) -> _State:
+    """The same samples in fewer slots; no group works on more than there are."""
+    groups, before = state.slots.sample.shape
+    kept = jnp.argsort(state.slots.sample == num_samples, axis=1, stable=True)[:, :slots_per_group]
+    rows = (kept + before * jnp.arange(groups)[:, None]).ravel()
+    return state._replace(
+        slots=jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, kept, axis=1), state.slots),
+        cache=cache_lib.choose_slots(state.cache, rows),
+    )
 
 
 def _take_sources(

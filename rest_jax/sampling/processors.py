@@ -120,7 +120,7 @@ def draw(
       Token ids `[rows]` int32, and their log-probability `[rows]` before processing and among all tokens, illegal ones
       included. A token of probability zero is never drawn, however the sums round.
     """
-    # What is illegal is masked in each pass: one masked copy of the logits for all of them would cost as much as a pass.
+    # What is illegal is masked in each pass: a masked copy of the logits for all of them would cost as much as a pass.
     blocks = _blocks(logits)
     mask = np.pad(legal, (0, -len(legal) % LANES)).reshape(-1, LANES)
     largest = _over_vocabulary(jnp.max, jnp.where(mask, blocks, NEGATIVE_INFINITY))
