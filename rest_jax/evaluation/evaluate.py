@@ -102,6 +102,7 @@ class Evaluator:
                     reward=self._reward,
                     sampling=sampling,
                     max_length=self._lengths["targets"],
+                    mesh=self._partitioner.mesh,
                 )
             )
         return self._programs[sampling]

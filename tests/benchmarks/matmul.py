@@ -1,4 +1,4 @@
-"""The rate at which this machine multiplies float32 matrices: the limit that a train step is measured against."""
+"""The rate at which this machine multiplies matrices: the limit that a train step and sampling are measured against."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -16,13 +16,12 @@ class MatmulRates:
 
     Args:
       shapes: (m, k, n) each.
+      dtype: of the operands.
     """
 
-    def __init__(self, shapes: Iterable[Shape]) -> None:
+    def __init__(self, shapes: Iterable[Shape], *, dtype: str = "float32") -> None:
         self.best: dict[Shape, float] = dict.fromkeys(shapes, 0.0)  # FLOP/s
-        self._operands = {
-            (m, k, n): (jnp.ones((m, k), jnp.float32), jnp.ones((k, n), jnp.float32)) for m, k, n in self.best
-        }
+        self._operands = {(m, k, n): (jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)) for m, k, n in self.best}
         self._product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST))
         for operands in self._operands.values():
             self._product(*operands).block_until_ready()

@@ -36,7 +36,7 @@ from rest_jax.data.batching import BatchPlan, MixtureSpec
 from rest_jax.data.token_dataset import TokenDataset, TokenRow, write_token_dataset
 from rest_jax.data.vocabulary import EOS_ID, SentencePieceVocabulary
 from rest_jax.models import t5
-from rest_jax.models.encoder_decoder import EncoderDecoderModel
+from rest_jax.models.encoder_decoder import EncoderDecoderModel, SizedVocabulary
 from rest_jax.partitioning import Partitioner, make_mesh
 from rest_jax.training import Training, compile_train_step, initial_state
 from tests.benchmarks.matmul import SQUARES, MatmulRates, lines
@@ -136,14 +136,19 @@ def transformers_run(config: t5.T5Config, batches: list[dict[str, np.ndarray]], 
     return run
 
 
-def make_model(name: str, vocabulary: SentencePieceVocabulary) -> EncoderDecoderModel:
-    """The model of gin/models/NAME.gin."""
+def parse_model(name: str) -> None:
+    """Reads gin/models/NAME.gin, in place of what gin has read before."""
     gin.clear_config()
     for path in paths.gin_search_paths():
         gin.add_config_file_search_path(path)
     logging.disable(logging.ERROR)  # gin's notes about each folder in which a file is not
     gin.parse_config_file(f"models/{name}.gin")
     logging.disable(logging.NOTSET)
+
+
+def make_model(name: str, vocabulary: SizedVocabulary | None) -> EncoderDecoderModel:
+    """The model of gin/models/NAME.gin; without a vocabulary, its file must say how large one is."""
+    parse_model(name)
     gin.bind_parameter("VOCABULARY/macro.value", vocabulary)
     return gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
 
