@@ -148,7 +148,8 @@ def chunk_statistics(
 
     Returns:
       count, reward_sum, reward_square_sum, length_sum, hit_eos_count, distinct_count, refused_count, source_count,
-      zero_variance_count (sources whose samples all have the same reward), histogram `[100]` of rewards over [0, 1].
+      zero_variance_count (sources whose samples all have the same reward), histogram `[100]` of rewards over [0, 1],
+      slot_steps (see `Samples`).
     """
     counted = jnp.broadcast_to(real[:, None], rewards.shape)
     rewards = jnp.where(counted, rewards, 0.0)  # a filler's may be NaN
@@ -158,6 +159,7 @@ def chunk_statistics(
         "count": jnp.sum(counted, dtype=jnp.int32),
         "reward_sum": jnp.sum(rewards),
         "reward_square_sum": jnp.sum(jnp.square(rewards)),
+        "slot_steps": jnp.sum(samples.slot_steps, dtype=jnp.int32),
         "length_sum": jnp.sum(samples.lengths * counted, dtype=jnp.int32),
         "hit_eos_count": jnp.sum(samples.hit_eos & counted, dtype=jnp.int32),
         "distinct_count": jnp.sum(first, dtype=jnp.int32),
@@ -180,6 +182,7 @@ def compile_grow(*, growing: Growing, model: Any, reward: Reward, partitioner: P
             reward=reward,
             sampling=growing.sampling,
             max_length=max_length,
+            mesh=partitioner.mesh,
         )
     )
 
@@ -305,7 +308,10 @@ def _append(
     )
     count = int(statistics["count"])
     mean = float(statistics["reward_sum"]) / max(count, 1)
-    progress.advance(1, tokens=int(statistics["length_sum"]), reward=mean, kept=int(kept.sum()) / max(count, 1))
+    values = {"reward": mean, "kept": int(kept.sum()) / max(count, 1)}
+    if statistics["slot_steps"]:
+        values["utilisation"] = int(statistics["length_sum"]) / int(statistics["slot_steps"])
+    progress.advance(1, tokens=int(statistics["length_sum"]), **values)
 
 
 def fetch_survivors(survivors: Mapping[str, jax.Array], kept: np.ndarray) -> dict[str, np.ndarray]:
@@ -350,6 +356,8 @@ def summarise(chunk_sums: list[dict[str, Any]]) -> dict[str, Any]:
         "mean": mean,
         "variance": max(float(total["reward_square_sum"]) / count - mean**2, 0.0),
         "mean_length": float(total["length_sum"]) / count,
+        # The share of decoding's slot-steps that made a token of a sample; None where decoding does not count them.
+        "utilisation": float(total["length_sum"]) / float(total["slot_steps"]) if total["slot_steps"] else None,
         "hit_eos": float(total["hit_eos_count"]) / count,
         "zero_variance_sources": float(total["zero_variance_count"]) / max(float(total["source_count"]), 1.0),
         "histogram": total["histogram"].astype(int).tolist(),

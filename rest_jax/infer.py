@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from rest_jax import paths, run_files
 from rest_jax.checkpoints import checkpointer, formats
@@ -115,11 +116,13 @@ def _lines(
 ) -> Iterator[dict[str, Any]]:
     """The file's objects, in the order of `indices`."""
     lengths, sampling = inference.data.lengths, inference.sampling
-    make = _score if mode == "score" else functools.partial(_predict, sampling=sampling, max_length=lengths["targets"])
+    predict = functools.partial(
+        _predict, sampling=sampling, max_length=lengths["targets"], mesh=inference.partitioner.mesh
+    )
     results: dict[int, Any] = {}
     for _, group, result in run_chunks(
         list(enumerate(chunks(dataset, indices=indices, sampling=sampling, max_source_length=lengths["inputs"]))),
-        program=jax.jit(functools.partial(make, model=inference.model)),
+        program=jax.jit(functools.partial(_score if mode == "score" else predict, model=inference.model)),
         params=params,
         reward_params=None,
         dataset=dataset,
@@ -161,9 +164,12 @@ def _predict(
     model: Any,
     sampling: Sampling,
     max_length: int,
+    mesh: Mesh,
 ) -> dict[str, jax.Array]:
     """Tokens `[batch, num_samples, max_length]` and scores `[batch, num_samples]`."""
-    samples = draw_samples(params, batch, seed, stream, model=model, sampling=sampling, max_length=max_length)
+    samples = draw_samples(
+        params, batch, seed, stream, model=model, sampling=sampling, max_length=max_length, mesh=mesh
+    )
     return {"tokens": samples.tokens, "scores": samples.log_probs}
 
 

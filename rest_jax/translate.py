@@ -85,7 +85,14 @@ class Translator:
     def _program(self, params: Params, sources: jax.Array, source_ids: jax.Array, seed: jax.Array) -> Samples:
         batch = {"encoder_input_tokens": sources, "source_ids": source_ids}
         return draw_samples(
-            params, batch, seed, 0, model=self.model, sampling=self.sampling, max_length=self.target_length
+            params,
+            batch,
+            seed,
+            0,
+            model=self.model,
+            sampling=self.sampling,
+            max_length=self.target_length,
+            mesh=self.partitioner.mesh,
         )
 
     def _block(

@@ -217,7 +217,7 @@ def test_statistics_are_those_of_numpy():
         real = np.arange(6) < real_rows
         rewards[~real] = np.nan  # whatever a reward makes of an empty sample
         tokens = rng.integers(0, 3, (6, 5, 4)).astype(np.int32)
-        samples = Samples.of(jnp.asarray(tokens), jnp.zeros((6, 5)), eos_id=1)
+        samples = Samples.of(jnp.asarray(tokens), jnp.zeros((6, 5)), eos_id=1, slot_steps=np.where(real, 20, 0))
         first = np.asarray(distinct(tokens)) & real[:, None]
         valid = first & (tokens == 1).any(-1)
         sums = jax.jit(chunk_statistics)(samples=samples, rewards=rewards, real=real, first=first, valid=valid)
@@ -232,6 +232,7 @@ def test_statistics_are_those_of_numpy():
     np.testing.assert_allclose(statistics["mean"], rewards.mean(dtype=np.float64), rtol=1e-6)
     np.testing.assert_allclose(statistics["variance"], rewards.var(dtype=np.float64), rtol=1e-5)
     np.testing.assert_allclose(statistics["mean_length"], (tokens > 0).sum(-1).mean())
+    np.testing.assert_allclose(statistics["utilisation"], (tokens > 0).sum() / (9 * 20))
     np.testing.assert_allclose(statistics["hit_eos"], (tokens == 1).any(-1).mean())
     np.testing.assert_allclose(statistics["zero_variance_sources"], (np.ptp(rewards, axis=1) == 0).mean())
     np.testing.assert_array_equal(statistics["histogram"], np.histogram(rewards, bins=100, range=(0, 1))[0])

@@ -107,7 +107,8 @@ def save_params(directory: Path, params: Tree, *, dtype: str | None = None) -> N
 def load_params(path: str, *, abstract_params: Tree, partitioner: Partitioner) -> Tree:
     """Parameters from a checkpoint of any format, as float32 on the mesh. Each process reads its devices' parts.
 
-    Layers that are scanned in the model and separate in the checkpoint, or the other way round, are converted.
+    Layers that are scanned in the model and separate in the checkpoint, or the other way round, are converted; so are
+    the attention kernels of T5X's scalable_t5, in which heads have a dimension of their own.
 
     Args:
       path: see `formats.find_checkpoint`.
@@ -121,8 +122,7 @@ def load_params(path: str, *, abstract_params: Tree, partitioner: Partitioner) -
     shardings = partitioner.param_shardings(abstract_params)
     if formats.detect(directory) == "orbax":
         stored, _ = orbax_files.read_metadata(directory / STATE_ITEM)
-        if tensors.is_scanned(tensors.flatten(stored)) == tensors.is_scanned(tensors.flatten(abstract_params)):
-            _check_fits(tensors.flatten(stored), abstract_params, directory)
+        if tensors.flat_shapes(stored) == tensors.flat_shapes(abstract_params):
             return _restore(directory / STATE_ITEM, abstract_params, shardings)
     leaves = _fitting(path, abstract_params)
     flat_shardings = tensors.flatten(shardings)
@@ -142,19 +142,16 @@ def check_fits(path: str, *, abstract_params: Tree) -> None:
 def _fitting(path: str, abstract_params: Tree) -> tensors.Tensors:
     """The checkpoint's tensors in the model's layout, once they are known to fit."""
     checkpoint = formats.open_checkpoint(path, field=FIELD)
-    leaves = formats.with_layers_of(checkpoint.tensors, tensors.flatten(abstract_params))
-    _check_fits(leaves, abstract_params, checkpoint.directory)
-    return leaves
-
-
-def _check_fits(leaves: Mapping[str, Any], abstract_params: Tree, directory: Path) -> None:
+    wanted = tensors.flat_shapes(abstract_params)
+    leaves = formats.in_layout_of(checkpoint.tensors, wanted)
     tensors.check_same_names_and_shapes(
-        have={name: tuple(leaf.shape) for name, leaf in leaves.items()},
-        want=tensors.flat_shapes(abstract_params),
-        what=f"{FIELD}: {str(directory)!r}",
+        have={name: leaf.shape for name, leaf in leaves.items()},
+        want=wanted,
+        what=f"{FIELD}: {str(checkpoint.directory)!r}",
         advice="Include the gin/models file the checkpoint was trained with, and its vocabulary "
         "(token_embedder/embedding has a row for each token).",
     )
+    return leaves
 
 
 def _restore(directory: Path, abstract_params: Tree, shardings: Tree) -> Tree:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rest_jax.checkpoints import formats, hugging_face, model_config, orbax_files, t5x_legacy, tensors
+from rest_jax.checkpoints.attention_heads import joined_heads, split_heads
 from rest_jax.data.vocabulary import Vocabulary
 from rest_jax.errors import UserError
 from rest_jax.models import t5
@@ -101,7 +102,8 @@ def export_checkpoint(
     Args:
       source: a checkpoint of any format.
       dest: must not exist.
-      to: for T5X, layers are together or apart as in the source; for Hugging Face, always apart.
+      to: T5X's has the tree of its scalable_t5, layers together or apart as in the source, where each layer has its
+        own position biases (UMT5); else that of its t5, layers apart. Hugging Face's are always apart.
       model: that was trained; without it, it is inferred from the tensors.
       max_shard_bytes: of a safetensors file.
 
@@ -115,7 +117,9 @@ def export_checkpoint(
     vocabulary = None if model is None else model.vocabulary
     with _new_directory(dest) as partial:
         if to == "t5x":
-            t5x_legacy.write_checkpoint(partial, leaves, step=checkpoint.step or 0)
+            scalable = config.relative_bias_per_layer
+            theirs = split_heads(leaves, num_heads=config.num_heads) if scalable else tensors.unstacked(leaves)
+            t5x_legacy.write_checkpoint(partial, theirs, step=checkpoint.step or 0)
             return _num_parameters(leaves)
         dtypes = {str(tensor.dtype) for tensor in leaves.values()}
         hugging_face.write_config(
@@ -149,13 +153,13 @@ def _config_of(checkpoint: formats.Checkpoint, model: Model | None) -> t5.T5Conf
         return given
     if checkpoint.config is not None:
         return checkpoint.config
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in joined_heads(checkpoint.tensors).items()}
     return model_config.infer_config(shapes, what=f"SOURCE: {str(checkpoint.directory)!r}")
 
 
 def _fitting(checkpoint: formats.Checkpoint, config: t5.T5Config) -> tensors.Tensors:
     shapes = model_config.expected_shapes(config)
-    leaves = formats.with_layers_of(checkpoint.tensors, shapes)
+    leaves = formats.in_layout_of(checkpoint.tensors, shapes)
     tensors.check_same_names_and_shapes(
         have={name: tensor.shape for name, tensor in leaves.items()},
         want=shapes,

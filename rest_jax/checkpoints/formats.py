@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rest_jax import paths
 from rest_jax.checkpoints import hugging_face, orbax_files, t5x_legacy, tensors
+from rest_jax.checkpoints.attention_heads import with_heads_of
 from rest_jax.checkpoints.tensors import Tensors
 from rest_jax.errors import UserError
 from rest_jax.models import t5
@@ -108,8 +109,8 @@ def open_checkpoint(path: str, *, field: str = "INITIAL_CHECKPOINT_PATH") -> Che
         raise UserError(f"{field}: {error}") from error
 
 
-def with_layers_of(leaves: Tensors, wanted: Mapping[str, Any]) -> Tensors:
-    """`leaves` with the layers of a stack together or apart, as the names of `wanted` have them."""
-    if tensors.is_scanned(leaves) == tensors.is_scanned(wanted):
-        return leaves
-    return tensors.stacked(leaves) if tensors.is_scanned(wanted) else tensors.unstacked(leaves)
+def in_layout_of(leaves: Tensors, wanted: Mapping[str, tuple[int, ...]]) -> Tensors:
+    """`leaves` with layers together or apart and heads joined or not, as the names and shapes of `wanted` have them."""
+    if tensors.is_scanned(leaves) != tensors.is_scanned(wanted):
+        leaves = tensors.stacked(leaves) if tensors.is_scanned(wanted) else tensors.unstacked(leaves)
+    return with_heads_of(leaves, wanted)

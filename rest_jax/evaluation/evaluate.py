@@ -1,5 +1,6 @@
 """Measuring a policy: mean reward of its samples on D_eval (the paper's measure), and sacreBLEU on the test split."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -87,9 +88,7 @@ class Evaluator:
             num_sources=len(eval_set), max_sources=evaluation.selection_sources, seed=seed, stream=EVALUATION_STREAM
         )
         self._translation = translation_sampling(
-            sources_per_chunk=evaluation.sampling.sources_per_chunk,
-            beam_size=evaluation.beam_size,
-            beam_alpha=evaluation.beam_alpha,
+            evaluation.sampling, beam_size=evaluation.beam_size, beam_alpha=evaluation.beam_alpha
         )
         self._test_indices = np.arange(min(len(test_set), evaluation.max_test_sources or len(test_set)))
         self._programs: dict[Sampling, Program] = {}
@@ -103,6 +102,7 @@ class Evaluator:
                     reward=self._reward,
                     sampling=sampling,
                     max_length=self._lengths["targets"],
+                    mesh=self._partitioner.mesh,
                 )
             )
         return self._programs[sampling]
@@ -151,7 +151,29 @@ class Evaluator:
         vocabulary = adopt(self._model.output_vocabulary)
         eval_set, test_set = self._eval_set, self._test_set
 
-        rewards, tokens = self._draw(params, eval_set, np.arange(len(eval_set)), self._sampling)
+        indices = self._test_indices
+        test_rewards, test_tokens = self._draw(params, test_set, indices, self._translation)
+        hypotheses = vocabulary.decode_batch(test_tokens[:, 0].tolist())
+        references = [test_set.targets_text(int(i)) for i in indices]
+        _write_jsonl(
+            directory / f"{name}.test.jsonl",
+            (
+                {
+                    "source_id": int(test_set.source_ids[i]),
+                    "source": test_set.inputs_text(int(i)),
+                    "reference": references[row],
+                    "hypothesis": hypotheses[row],
+                    "reward": round(float(test_rewards[row, 0]), 6),
+                }
+                for row, i in enumerate(indices)
+            ),
+        )
+
+        # TER takes sacreBLEU seconds of one core, which the device's program leaves free.
+        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+            scoring = thread.submit(corpus_scores, hypotheses, references)
+            rewards, tokens = self._draw(params, eval_set, np.arange(len(eval_set)), self._sampling)
+            scores = scoring.result()
         texts = [vocabulary.decode_batch(samples.tolist()) for samples in tokens]
         _write_jsonl(
             directory / f"{name}.validation.samples.jsonl",
@@ -166,25 +188,6 @@ class Evaluator:
                 for i in range(len(eval_set))
             ),
         )
-
-        indices = self._test_indices
-        test_rewards, test_tokens = self._draw(params, test_set, indices, self._translation)
-        hypotheses = vocabulary.decode_batch(test_tokens[:, 0].tolist())
-        references = [test_set.targets_text(int(i)) for i in indices]
-        scores = corpus_scores(hypotheses, references)
-        _write_jsonl(
-            directory / f"{name}.test.jsonl",
-            (
-                {
-                    "source_id": int(test_set.source_ids[i]),
-                    "source": test_set.inputs_text(int(i)),
-                    "reference": references[row],
-                    "hypothesis": hypotheses[row],
-                    "reward": round(float(test_rewards[row, 0]), 6),
-                }
-                for row, i in enumerate(indices)
-            ),
-        )
         return {
             "reward": float(rewards.mean(dtype=np.float64)),
             **scores,
@@ -195,11 +198,11 @@ class Evaluator:
         }
 
 
-def translation_sampling(*, sources_per_chunk: int, beam_size: int, beam_alpha: float) -> Sampling:
-    """One translation per source: greedy with `beam_size` 1, else the beam's best."""
-    return Sampling(
+def translation_sampling(sampling: Sampling, *, beam_size: int, beam_alpha: float) -> Sampling:
+    """One translation per source, in chunks as `sampling`'s: greedy with `beam_size` 1, else the beam's best."""
+    return dataclasses.replace(
+        sampling,
         num_samples=1,
-        sources_per_chunk=sources_per_chunk,
         processing=LogitProcessing(temperature=0.0),
         beam_size=beam_size if beam_size > 1 else 0,
         beam_alpha=beam_alpha,

@@ -2,9 +2,9 @@
 
     {encoder,decoder}/layers_i/<parameter> [a, ...]   <->   {encoder,decoder}/{encoder,decoder}/<parameter> [a, L, ...]
 
-L layers lie on axis 1. All else has the same place in both. The names and the axis are those of T5X's scalable_t5, but
-not the whole tree: there every layer has a table of position biases, and attention's kernels a dimension for heads. The
-leaves are arrays of numpy or JAX; numpy's stay on the host.
+L layers lie on axis 1. All else has the same place in both. The names and the axis are those of T5X's scalable_t5,
+whose attention kernels have a dimension for heads besides (`checkpoints/attention_heads.py`). The leaves are arrays of
+numpy or JAX; numpy's stay on the host.
 """
 
 from collections.abc import Callable, Mapping

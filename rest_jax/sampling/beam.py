@@ -1,15 +1,16 @@
 """Beam search on the incremental decoder, with GNMT's length penalty (Wu et al. 2016, arXiv 1609.08144, eq. 14)."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rest_jax.models import t5
+from rest_jax.sampling import cache as cache_lib
 from rest_jax.sampling import decoder
+from rest_jax.sampling.engine import Sources
 from rest_jax.sampling.processors import NEGATIVE_INFINITY, legal_tokens
-from rest_jax.sampling.samples import PAD_ID, Samples
+from rest_jax.sampling.samples import PAD_ID
 
 # A log-probability or score below it has a masked token in it; no product of real ones comes near.
 IMPOSSIBLE = NEGATIVE_INFINITY / 1e6
@@ -22,7 +23,7 @@ class _Beams(NamedTuple):
     ended_tokens: jax.Array  # [batch, beam, max_length] int32
     ended_log_probs: jax.Array  # [batch, beam] float32
     ended_scores: jax.Array  # [batch, beam] float32, length-penalised; very negative where there is none yet
-    cache: decoder.Cache
+    cache: cache_lib.Cache
 
 
 def length_penalty(length: jax.Array | int, alpha: float) -> jax.Array:
@@ -31,18 +32,18 @@ def length_penalty(length: jax.Array | int, alpha: float) -> jax.Array:
 
 
 def beam_decode(
-    params: Mapping[str, Any],
+    weights: decoder.Weights,
     config: t5.T5Config,
     *,
-    encoded: jax.Array,
-    encoder_input_tokens: jax.Array,
+    sources: Sources,
     beam_size: int,
     num_best: int,
     alpha: float,
     max_length: int,
     vocab_size: int,
     eos_id: int,
-) -> Samples:
+    cache_dtype: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The `num_best` translations with the highest length-penalised log-probability that a beam finds.
 
     A hypothesis ends when EOS makes it one of the `beam_size` best extensions of its position, so that a beam of 1
@@ -51,26 +52,28 @@ def beam_decode(
     hypotheses than `num_best`, the places left are empty, at a log-probability of -1e30.
 
     Args:
-      params: T5X's tree.
+      weights: of `decoder.pack_weights` for `batch * beam_size` slots.
       config: the network's shape.
-      encoded: `[batch, source_length, emb_dim]`.
-      encoder_input_tokens: `[batch, source_length]`; rows of padding are fillers.
+      sources: what is translated; their keys are not used.
       beam_size: hypotheses kept per source.
       num_best: at most `beam_size`.
       alpha: of the length penalty; 0 for none.
       max_length: most tokens, incl. EOS.
       vocab_size: ids the vocabulary has.
       eos_id: the token that ends a hypothesis.
+      cache_dtype: of the self-attention cache; None for the activations'.
 
     Returns:
-      Samples `[batch, num_best, max_length]`, best first; `log_probs` are not length-penalised.
+      Tokens `[batch, num_best, max_length]`, best first; log-probabilities `[batch, num_best]`, not length-penalised
+      and without the prefix's; and the scalar number of slot-steps that were computed.
     """
-    batch = encoder_input_tokens.shape[0]
-    params = decoder.cast_params(params, config.dtype)
-    cross = decoder.cross_attention(params, config, encoded=encoded, encoder_input_tokens=encoder_input_tokens)
-    embedding_size = params["token_embedder"]["embedding"].shape[0]
+    batch = sources.mask.shape[0]
+    embedding_size = weights["embedding"].shape[0]
     legal = legal_tokens(embedding_size, vocab_size)
-    real = jnp.any(encoder_input_tokens > 0, axis=-1)
+    real = jnp.any(sources.mask, axis=-1)
+    # Each source a group, whose slots are its hypotheses.
+    cross_bias = jnp.where(sources.mask, 0.0, NEGATIVE_INFINITY)[:, None, :]
+    cross_bias = jnp.broadcast_to(cross_bias, (batch, beam_size, cross_bias.shape[-1]))
     best_possible_penalty = length_penalty(max_length, alpha)
 
     def unfinished(beams: _Beams) -> jax.Array:
@@ -86,9 +89,23 @@ def beam_decode(
             jax.lax.dynamic_index_in_dim(beams.live_tokens, jnp.maximum(beams.position - 1, 0), 2, keepdims=False),
         )
         logits, cache = decoder.decode_position(
-            params, config, tokens=previous, position=beams.position, cache=beams.cache, cross=cross
+            weights,
+            config,
+            tokens=previous.ravel(),
+            positions=jnp.full(batch * beam_size, beams.position),
+            filled=beams.position + 1,
+            cache=beams.cache,
+            cross=sources.cross,
+            cross_bias=cross_bias,
+            max_length=max_length,
         )
+        logits = logits.reshape(batch, beam_size, -1)
         log_probs = jnp.where(legal, jax.nn.log_softmax(logits, axis=-1), NEGATIVE_INFINITY)
+        if sources.prefix.shape[1]:
+            forced = jax.lax.dynamic_index_in_dim(sources.prefix, beams.position, 1, keepdims=False)[:, None, None]
+            free = (beams.position >= sources.prefix.shape[1]) | (forced == PAD_ID)
+            only = jnp.where(jnp.arange(embedding_size) == forced, 0.0, NEGATIVE_INFINITY)
+            log_probs = jnp.where(free, log_probs, only)
         candidates = beams.live_log_probs[:, :, None] + log_probs  # [batch, beam, vocab]
         # 2 * beam candidates hold at least `beam` that do not end: each beam has one EOS.
         top, flat = jax.lax.top_k(candidates.reshape(batch, -1), 2 * beam_size)  # [batch, 2 * beam]
@@ -114,7 +131,7 @@ def beam_decode(
             ended_tokens=ended_tokens,
             ended_log_probs=ended_log_probs,
             ended_scores=ended_scores,
-            cache=decoder.reorder_cache(cache, parents),
+            cache=cache_lib.choose_slots(cache, (parents + beam_size * jnp.arange(batch)[:, None]).ravel()),
         )
 
     empty = jnp.full((batch, beam_size, max_length), PAD_ID, jnp.int32)
@@ -130,7 +147,7 @@ def beam_decode(
             ended_tokens=empty,
             ended_log_probs=nothing,
             ended_scores=nothing,
-            cache=decoder.empty_cache(config, max_length=max_length, batch=batch, num_samples=beam_size),
+            cache=decoder.empty_cache(config, max_length=max_length, slots=batch * beam_size, dtype=cache_dtype),
         ),
     )
     # Where fewer than num_best ended, live ones fill up, behind them.
@@ -143,7 +160,7 @@ def beam_decode(
     possible = log_probs > IMPOSSIBLE
     tokens = jnp.where((real[:, None] & possible)[:, :, None], tokens, PAD_ID)
     log_probs = jnp.where(real[:, None], jnp.where(possible, log_probs, NEGATIVE_INFINITY), 0.0)
-    return Samples.of(tokens, log_probs, eos_id=eos_id)
+    return tokens, log_probs, end.position * (batch * beam_size)
 
 
 def _choose(values: jax.Array, chosen: jax.Array) -> jax.Array:

@@ -1,16 +1,15 @@
 """The T5 decoder one position at a time, as pure functions of T5X's parameter tree.
 
-Encoder output and cross-attention keys and values exist once per source and are shared by its N samples: attention over
-the source is a matrix product over the sample axis, and nothing is repeated N times. `models/t5.py` is the same
-network over whole sequences; a test holds the two together.
+A slot decodes one sample; slots stand in groups, and a group's slots share the cross-attention keys and values of the
+few sources that they work on: attention over the source is a matrix product over the group's slots, and nothing is
+repeated per sample. `models/t5.py` is the same network over whole sequences; a test holds the two together.
 
 Layers stand in the program one after another or, on the tree of `scan_layers`, in a loop that is compiled once; then
 what is kept per layer is one array with a layer axis in front.
 """
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,258 +17,237 @@ import jax.numpy as jnp
 import numpy as np
 
 from rest_jax.models import attention, t5
+from rest_jax.sampling import cache as cache_lib
+from rest_jax.sampling.cache import Cache, KeysValues
 from rest_jax.sampling.processors import NEGATIVE_INFINITY
 
 Params = Mapping[str, Any]
+Weights = dict[str, Any]
 # One array per layer, or with `scan_layers` one of all: `[num_layers, ...]`.
 Layers = list[jax.Array] | jax.Array
+# Below so many rows XLA's CPU backend splits the sums of `x @ w`, and a row's bits depend on how many others there are;
+# `w.T @ x.T` has the bits of large products whatever the number of rows (docs/performance.md).
+_FEW_ROWS = 64
 
 
 class CrossAttention(NamedTuple):
-    """What the decoder reads of a source, per layer; `H` heads of `K`."""
+    """What the decoder reads of sources, per layer; `H` heads of `K`."""
 
-    keys: Layers  # [batch, H, K, source_length]
-    values: Layers  # [batch, H, source_length, K]
-    bias: jax.Array  # [batch, 1, 1, source_length] float32, very negative at padding
-
-
-class Cache(NamedTuple):
-    """Self-attention keys and values so far, per layer."""
-
-    keys: Layers  # [batch, num_samples, H, max_length, K]
-    values: Layers
+    keys: Layers  # [groups, H, source_columns, K]
+    values: Layers  # [groups, H, source_columns, K]
 
 
-def cast_params(params: Params, dtype: str) -> Params:
-    """The tree as the decoder reads it, made once rather than at every position.
+def pack_weights(params: Params, config: t5.T5Config, *, slots: int) -> Weights:
+    """The tree as the loop reads it, made once rather than at every position.
 
-    Kernels in the activations' type, what is used in float32 as it is; the layer axis of scanned decoder layers in
-    front.
+    Kernels in the activations' type, those that are applied to the same input side by side, and all with the axis first
+    that `_project` sums over fastest for this number of slots; what is used in float32 as it is.
     """
+    decoder = params["decoder"]
+    axis = 1 if config.scan_layers else 0  # of a kernel's inputs
 
-    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        names = [key.key for key in path]
-        if names[:2] == ["decoder", "decoder"]:
-            leaf = jnp.moveaxis(leaf, t5.SCAN_AXIS, 0)
-        stays = names[-1] in ("scale", "rel_embedding", "embedding") or "logits_dense" in names
-        return leaf if stays else leaf.astype(dtype)
+    def kernel(*kernels: jax.Array) -> jax.Array:  # [in, out] each -> [in, count, out]
+        stacked = jnp.stack([k.astype(config.dtype) for k in kernels], axis=axis + 1)
+        return _for_rows(stacked, slots, axis=axis)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    def block(tree: Params) -> Weights:
+        cross, mlp, own = tree["encoder_decoder_attention"], tree["mlp"], tree["self_attention"]
+        names = sorted(name for name in mlp if name.startswith("wi"))
+        packed = {
+            "self_norm": tree["pre_self_attention_layer_norm"]["scale"],
+            "self_in": kernel(*(own[name]["kernel"] for name in ("query", "key", "value"))),
+            "self_out": kernel(own["out"]["kernel"]),
+            "cross_norm": tree["pre_cross_attention_layer_norm"]["scale"],
+            "cross_in": kernel(cross["query"]["kernel"]),
+            "cross_out": kernel(cross["out"]["kernel"]),
+            "mlp_norm": tree["pre_mlp_layer_norm"]["scale"],
+            "mlp_in": kernel(*(mlp[name]["kernel"] for name in names)),
+            "mlp_out": kernel(mlp["wo"]["kernel"]),
+        }
+        if config.relative_bias_per_layer:
+            packed["bias"] = tree["relpos_bias"]["rel_embedding"]
+        return packed
+
+    layers: Any
+    if config.scan_layers:
+        layers = block(jax.tree.map(lambda leaf: jnp.moveaxis(leaf, t5.SCAN_AXIS, 0), decoder["decoder"]))
+    else:
+        layers = [block(decoder[f"layers_{layer}"]) for layer in range(config.num_decoder_layers)]
+    embedding = params["token_embedder"]["embedding"]
+    # Logits in float32 whatever the activations are, as in models/t5.py.
+    if config.logits_via_embedding:
+        logits = embedding.astype(jnp.float32).T / math.sqrt(config.emb_dim)
+    else:
+        logits = decoder["logits_dense"]["kernel"]
+    weights = {
+        "embedding": embedding,
+        "layers": layers,
+        "norm": decoder["decoder_norm"]["scale"],
+        "logits": _for_rows(logits[:, None], slots, axis=0),
+    }
+    if not config.relative_bias_per_layer:
+        weights["bias"] = decoder["relpos_bias"]["rel_embedding"]
+    return weights
 
 
-def cross_attention(
-    params: Params, config: t5.T5Config, *, encoded: jax.Array, encoder_input_tokens: jax.Array
-) -> CrossAttention:
-    """Keys and values of the sources, once for all samples and positions.
+def _for_rows(kernel: jax.Array, rows: int, *, axis: int) -> jax.Array:
+    return jnp.moveaxis(kernel, axis, -1) if rows < _FEW_ROWS else kernel
+
+
+def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x` `[slots, in]` by a kernel of `pack_weights`: `[slots, count, out]`, in `x`'s type."""
+    if len(x) < _FEW_ROWS:
+        return jnp.einsum("coi,si->cos", kernel, x).transpose(2, 0, 1)
+    return jnp.einsum("si,ico->sco", x, kernel)
+
+
+def cross_attention(params: Params, config: t5.T5Config, *, encoded: jax.Array) -> CrossAttention:
+    """Keys and values of the sources, once for all samples and positions: each source a group.
 
     Args:
-      params: the whole tree, already cast.
+      params: T5X's tree.
       config: the network's shape.
       encoded: `[batch, source_length, emb_dim]`.
-      encoder_input_tokens: `[batch, source_length]`, 0 is padding.
     """
-    batch, length, _ = encoded.shape
 
     def project(block: Params) -> tuple[jax.Array, jax.Array]:
-        kernels = block["encoder_decoder_attention"]
-        # [batch, source_length, H * K] -> decode layout
-        key = (encoded @ kernels["key"]["kernel"]).reshape(batch, length, config.num_heads, config.head_dim)
-        value = (encoded @ kernels["value"]["kernel"]).reshape(batch, length, config.num_heads, config.head_dim)
-        return key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+        def one(name: str) -> jax.Array:  # [batch, source_length, H * K] -> decode layout
+            projected = encoded @ block["encoder_decoder_attention"][name]["kernel"].astype(config.dtype)
+            return projected.reshape(*encoded.shape[:2], config.num_heads, config.head_dim).transpose(0, 2, 1, 3)
 
-    keys: Layers
-    values: Layers
+        return one("key"), one("value")
+
+    decoder = params["decoder"]
     if config.scan_layers:
-        keys, values = jax.lax.map(project, params["decoder"]["decoder"])
-    else:
-        blocks = [params["decoder"][f"layers_{layer}"] for layer in range(config.num_decoder_layers)]
-        keys, values = map(list, zip(*map(project, blocks), strict=True))
-    bias = jnp.where(encoder_input_tokens > 0, 0.0, NEGATIVE_INFINITY)[:, None, None, :]
-    return CrossAttention(keys=keys, values=values, bias=bias)
+        stacked = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, t5.SCAN_AXIS, 0), decoder["decoder"])
+        return CrossAttention(*jax.lax.map(project, stacked))
+    pairs = [project(decoder[f"layers_{layer}"]) for layer in range(config.num_decoder_layers)]
+    return CrossAttention(*map(list, zip(*pairs, strict=True)))
 
 
-def empty_cache(config: t5.T5Config, *, max_length: int, batch: int, num_samples: int) -> Cache:
-    shape = (batch, num_samples, config.num_heads, max_length, config.head_dim)
-    if config.scan_layers:
-        stacked = jnp.zeros((config.num_decoder_layers, *shape), config.dtype)
-        return Cache(keys=stacked, values=stacked)
-    zeros = [jnp.zeros(shape, config.dtype) for _ in range(config.num_decoder_layers)]
-    return Cache(keys=zeros, values=list(zeros))
-
-
-def reorder_cache(cache: Cache, parents: jax.Array) -> Cache:
-    """The cache of hypotheses that continue `parents` `[batch, num_samples]`, indices of the samples before."""
-
-    def reorder(leaf: jax.Array) -> jax.Array:
-        samples_axis = leaf.ndim - 4
-        indices = jnp.expand_dims(parents, (*range(samples_axis - 1), *range(-3, 0)))
-        return jnp.take_along_axis(leaf, indices, axis=samples_axis)
-
-    return jax.tree.map(reorder, cache)
+def empty_cache(config: t5.T5Config, *, max_length: int, slots: int, dtype: str | None = None) -> Cache:
+    """Nothing yet; `dtype` None is the activations'."""
+    return cache_lib.empty(
+        layers=config.num_decoder_layers,
+        scanned=config.scan_layers,
+        slots=slots,
+        heads=config.num_heads,
+        head_dim=config.head_dim,
+        max_length=max_length,
+        dtype=dtype or config.dtype,
+    )
 
 
 def decode_position(
-    params: Params,
+    weights: Weights,
     config: t5.T5Config,
     *,
     tokens: jax.Array,
-    position: jax.Array,
+    positions: jax.Array,
+    filled: jax.Array,
     cache: Cache,
     cross: CrossAttention,
+    cross_bias: jax.Array,
+    max_length: int,
 ) -> tuple[jax.Array, Cache]:
     """Logits for the token after `tokens`.
 
     Args:
-      params: the whole tree, already cast.
+      weights: of `pack_weights`.
       config: the network's shape.
-      tokens: `[batch, num_samples]` int32, the tokens at `position` of the decoder's input (0 at the start).
-      position: scalar int32.
-      cache: filled for positions before `position`.
-      cross: of the sources.
+      tokens: `[slots]` int32, the tokens at `positions` of each slot's decoder input (0 at the start); a group's slots
+        stand together.
+      positions: `[slots]` int32.
+      filled: scalar int32, more than the positions of all slots that count.
+      cache: filled for positions before `positions`.
+      cross: of the groups' sources.
+      cross_bias: `[groups, slots per group, source_columns]` float32, very negative at what a slot may not read.
+      max_length: most positions, as the cache was made for.
 
     Returns:
-      Logits `[batch, num_samples, vocab]` float32, and the cache with `position` filled.
+      Logits `[slots, vocab]` float32, and the cache with `positions` filled.
     """
-    decoder = params["decoder"]
-    embedding = params["token_embedder"]["embedding"]
-    x = jnp.take(embedding, tokens, axis=0).astype(config.dtype)  # [batch, num_samples, emb_dim]
-    run = _run_scanned_layers if config.scan_layers else _run_layers
-    x, cache = run(decoder, config, x=x, position=position, cache=cache, cross=cross)
-    x = _norm(x, decoder["decoder_norm"]["scale"])
-    # Logits in float32 whatever the activations are, as in models/t5.py.
-    x = x.astype(jnp.float32)
-    if config.logits_via_embedding:
-        logits = (x / math.sqrt(config.emb_dim)) @ embedding.astype(jnp.float32).T
+    x = jnp.take(weights["embedding"], tokens, axis=0).astype(config.dtype)  # [slots, emb_dim]
+
+    def bias_of(owner: Weights) -> jax.Array:
+        return _self_attention_bias(
+            owner["bias"], config=config, positions=positions, columns=cache_lib.num_columns(max_length)
+        )
+
+    shared_bias = None if config.relative_bias_per_layer else bias_of(weights)
+
+    def run(
+        block: Weights, x: jax.Array, cache: KeysValues, keys: jax.Array, values: jax.Array, layer: jax.Array | None
+    ) -> tuple[jax.Array, KeysValues]:
+        bias = bias_of(block) if shared_bias is None else shared_bias
+        projected = _project(_norm(x, block["self_norm"]), block["self_in"])
+        query, key, value = jnp.unstack(projected.reshape(len(x), 3, config.num_heads, config.head_dim), axis=1)
+        cache = cache_lib.write(cache, key, value, positions=positions, layer=layer)
+        own = cache if layer is None else jax.tree.map(lambda leaf: leaf[layer], cache)
+        context = cache_lib.attend(query, own, bias=bias, filled=filled)
+        x = x + _project(context.reshape(len(x), -1), block["self_out"])[:, 0]
+
+        query = _project(_norm(x, block["cross_norm"]), block["cross_in"]).reshape(query.shape)
+        context = _read_sources(query, keys=keys, values=values, bias=cross_bias)
+        x = x + _project(context.reshape(len(x), -1), block["cross_out"])[:, 0]
+
+        hidden = _project(_norm(x, block["mlp_norm"]), block["mlp_in"])  # [slots, count, mlp_dim]
+        gated = math.prod(t5.ACTIVATIONS[name](hidden[:, i]) for i, name in enumerate(config.mlp_activations))
+        return x + _project(gated, block["mlp_out"])[:, 0], cache
+
+    if config.scan_layers:
+
+        def scanned(carry: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], None]:
+            layer, block, keys, values = inputs
+            return run(block, *carry, keys, values, layer), None
+
+        layers = (jnp.arange(config.num_decoder_layers), weights["layers"], cross.keys, cross.values)
+        (x, cache), _ = jax.lax.scan(scanned, (x, cache), layers)
     else:
-        logits = x @ decoder["logits_dense"]["kernel"]
-    return logits, cache
+        written = []
+        for block, own, keys, values in zip(weights["layers"], cache, cross.keys, cross.values, strict=True):
+            x, own = run(block, x, own, keys, values, None)
+            written.append(own)
+        cache = written
+    x = _norm(x, weights["norm"]).astype(jnp.float32)
+    return _project(x, weights["logits"])[:, 0], cache
 
 
-def _run_layers(
-    decoder: Params,
-    config: t5.T5Config,
-    *,
-    x: jax.Array,
-    position: jax.Array,
-    cache: Cache,
-    cross: CrossAttention,
-) -> tuple[jax.Array, Cache]:
-    """`x` `[batch, num_samples, emb_dim]` through all layers, one after another in the program."""
-    bias_of = functools.partial(
-        _self_attention_bias, config=config, position=position, max_length=cache.keys[0].shape[-2]
-    )
-    bias = None if config.relative_bias_per_layer else bias_of(decoder)
-    keys, values = [], []
-    for layer in range(config.num_decoder_layers):
-        block = decoder[f"layers_{layer}"]
-        query, key, value = _project(block, x, config)
-        keys.append(jax.lax.dynamic_update_slice_in_dim(cache.keys[layer], key, position, axis=3))
-        values.append(jax.lax.dynamic_update_slice_in_dim(cache.values[layer], value, position, axis=3))
-        x = _self_attention(
-            block, x, query=query, keys=keys[-1], values=values[-1], bias=bias_of(block) if bias is None else bias
-        )
-        x = _cross_attention_and_mlp(
-            block, x, config, keys=cross.keys[layer], values=cross.values[layer], bias=cross.bias
-        )
-    return x, Cache(keys=keys, values=values)
+def _read_sources(query: jax.Array, *, keys: jax.Array, values: jax.Array, bias: jax.Array) -> jax.Array:
+    """`[slots, H, K]` of the same; keys and values as in `CrossAttention`, bias as in `decode_position`.
 
-
-def _run_scanned_layers(
-    decoder: Params,
-    config: t5.T5Config,
-    *,
-    x: jax.Array,
-    position: jax.Array,
-    cache: Cache,
-    cross: CrossAttention,
-) -> tuple[jax.Array, Cache]:
-    """As `_run_layers`, in a loop over layers whose caches are written in place."""
-    assert isinstance(cache.keys, jax.Array)  # empty_cache makes one array of all layers
-    bias_of = functools.partial(_self_attention_bias, config=config, position=position, max_length=cache.keys.shape[-2])
-    bias = None if config.relative_bias_per_layer else bias_of(decoder)
-
-    def run(carry: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], None]:
-        x, keys, values = carry
-        layer, block, cross_keys, cross_values = inputs
-        query, key, value = _project(block, x, config)
-        place = (layer, 0, 0, 0, position, 0)
-        keys = jax.lax.dynamic_update_slice(keys, key[None], place)
-        values = jax.lax.dynamic_update_slice(values, value[None], place)
-        x = _self_attention(
-            block, x, query=query, keys=keys[layer], values=values[layer], bias=bias_of(block) if bias is None else bias
-        )
-        x = _cross_attention_and_mlp(block, x, config, keys=cross_keys, values=cross_values, bias=cross.bias)
-        return (x, keys, values), None
-
-    layers = jnp.arange(config.num_decoder_layers)
-    (x, keys, values), _ = jax.lax.scan(
-        run, (x, cache.keys, cache.values), (layers, decoder["decoder"], cross.keys, cross.values)
-    )
-    return x, Cache(keys=keys, values=values)
-
-
-def _project(block: Params, x: jax.Array, config: t5.T5Config) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Query `[batch, num_samples, H, K]`, key and value `[batch, num_samples, H, 1, K]` of this position."""
-    y = _norm(x, block["pre_self_attention_layer_norm"]["scale"])
-    query, key, value = (
-        (y @ block["self_attention"][name]["kernel"]).reshape(*x.shape[:2], config.num_heads, config.head_dim)
-        for name in ("query", "key", "value")
-    )
-    return query, key[..., None, :], value[..., None, :]
-
-
-def _self_attention(
-    block: Params, x: jax.Array, *, query: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Array
-) -> jax.Array:
-    """Adds what the positions so far say; keys and values `[batch, num_samples, H, max_length, K]`."""
-    scores = jnp.einsum("bnhk,bnhtk->bnht", query, keys, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores + bias, axis=-1).astype(x.dtype)
-    context = jnp.einsum("bnht,bnhtk->bnhk", weights, values)
-    return x + context.reshape(*x.shape[:2], -1) @ block["self_attention"]["out"]["kernel"]
-
-
-def _cross_attention_and_mlp(
-    block: Params, x: jax.Array, config: t5.T5Config, *, keys: jax.Array, values: jax.Array, bias: jax.Array
-) -> jax.Array:
-    """Adds what the source says, then the feed-forward layer; keys and values as in `CrossAttention`."""
-    y = _norm(x, block["pre_cross_attention_layer_norm"]["scale"])
-    kernels = block["encoder_decoder_attention"]
-    query = (y @ kernels["query"]["kernel"]).reshape(*x.shape[:2], config.num_heads, config.head_dim)
-    scores = jnp.einsum(
-        "bnhk,bhks->bhns", query, keys, preferred_element_type=jnp.float32
-    )  # one matrix product per source and head, over its samples
-    weights = jax.nn.softmax(scores + bias, axis=-1).astype(x.dtype)
-    context = jnp.einsum("bhns,bhsk->bnhk", weights, values)
-    x = x + context.reshape(*x.shape[:2], -1) @ kernels["out"]["kernel"]
-
-    y = _norm(x, block["pre_mlp_layer_norm"]["scale"])
-    return x + _mlp(block["mlp"], y, config.mlp_activations)
-
-
-def _self_attention_bias(owner: Params, *, config: t5.T5Config, position: jax.Array, max_length: int) -> jax.Array:
-    """Relative-position bias of `position` against positions 0..max_length-1, `[H, max_length]`; later ones masked.
-
-    `owner` is the decoder, or its layer where each has a table.
+    One matrix product per group and head, over the group's slots.
     """
-    distances = np.arange(max_length)
+    groups, per_group, _ = bias.shape
+    query = query.reshape(groups, per_group, *query.shape[1:])
+    scores = jnp.einsum("gnhk,ghsk->ghns", query, keys, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores + bias[:, None], axis=-1).astype(query.dtype)
+    context = jnp.einsum("ghns,ghsk->gnhk", weights, values)
+    return context.reshape(groups * per_group, *context.shape[2:])
+
+
+def _self_attention_bias(table: jax.Array, *, config: t5.T5Config, positions: jax.Array, columns: int) -> jax.Array:
+    """Relative-position bias of each slot's position against its columns, `[slots, H, columns]`; later ones masked.
+
+    `table` `[H, buckets]` is the decoder's, or its layer's where each has one.
+    """
+    distances = np.arange(columns)
     buckets = attention.relative_position_bucket(
         -distances,
         bidirectional=False,
         num_buckets=config.relative_attention_num_buckets,
         max_distance=config.relative_attention_max_distance,
     )
-    table = owner["relpos_bias"]["rel_embedding"].astype(jnp.float32)  # [H, buckets]
-    by_distance = table[:, buckets]  # [H, max_length]
-    distance = position - distances
-    return jnp.where(distance >= 0, by_distance[:, jnp.maximum(distance, 0)], NEGATIVE_INFINITY)
+    by_distance = table.astype(jnp.float32)[:, buckets].T  # [columns, H]
+    distance = positions[:, None] - distances  # [slots, columns]
+    bias = jnp.where(distance[..., None] >= 0, by_distance[jnp.maximum(distance, 0)], NEGATIVE_INFINITY)
+    return bias.transpose(0, 2, 1)
 
 
 def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    return t5.rms_norm(x, scale, dtype=x.dtype)
-
-
-def _mlp(params: Params, x: jax.Array, activations: Sequence[str]) -> jax.Array:
-    """The gated feed-forward layer, `[..., emb_dim] -> [..., emb_dim]`."""
-    names = ["wi"] if len(activations) == 1 else [f"wi_{index}" for index in range(len(activations))]
-    hidden = [t5.ACTIVATIONS[act](x @ params[name]["kernel"]) for act, name in zip(activations, names, strict=True)]
-    return functools.reduce(jnp.multiply, hidden) @ params["wo"]["kernel"]
+    """`t5.rms_norm` of `[slots, emb_dim]`; its sum runs over lanes first, which vectorises."""
+    y = x.astype(jnp.float32)
+    lanes = math.gcd(y.shape[1], 32)
+    squares = jnp.sum(jnp.square(y).reshape(len(y), -1, lanes), axis=1)
+    inverse_rms = jax.lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) / y.shape[1] + t5.NORM_EPSILON)
+    return (y * inverse_rms * scale).astype(x.dtype)

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import Mesh
 
 from rest_jax.data.batching import LengthGroup, length_groups
 from rest_jax.data.token_dataset import TokenDataset
 from rest_jax.errors import UserError
 from rest_jax.partitioning import Partitioner
 from rest_jax.rewards.base import Reward
+from rest_jax.sampling.cache import CACHE_TYPES
 from rest_jax.sampling.processors import LogitProcessing
 from rest_jax.sampling.sampler import decode
 from rest_jax.sampling.samples import Samples
@@ -33,6 +35,9 @@ class Sampling:
       beam_size: 0 samples; otherwise beam search of this size, whose N best hypotheses take the samples' place.
       beam_alpha: the beam's length penalty.
       length_multiple: source lengths are padded to multiples of this; each is one compilation.
+      slots: samples that a device decodes at a time; None for as many as are of use and fit. Changes no sample.
+      cache_dtype: type of self-attention's keys and values, one of `cache.CACHE_TYPES`: 'bfloat16' halves what each
+        position reads of them, 'int8' halves it again; None for the activations'.
     """
 
     num_samples: int
@@ -41,11 +46,20 @@ class Sampling:
     beam_size: int = 0
     beam_alpha: float = 0.6
     length_multiple: int = 32
+    slots: int | None = None
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "sources_per_chunk", "length_multiple"):
             if getattr(self, name) < 1:
                 raise UserError(f"Sampling.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.slots is not None and self.slots < 1:
+            raise UserError(f"Sampling.slots is {self.slots}; it must be at least 1, or None for as many as fit.")
+        if self.cache_dtype is not None and self.cache_dtype not in CACHE_TYPES:
+            raise UserError(
+                f"Sampling.cache_dtype is {self.cache_dtype!r}; it must be one of {', '.join(map(repr, CACHE_TYPES))}, "
+                "or None for the activations' type."
+            )
         if self.beam_size and self.beam_size < self.num_samples:
             raise UserError(
                 f"Sampling.beam_size is {self.beam_size}; it must be 0 (sample), or at least num_samples "
@@ -62,6 +76,7 @@ def draw_samples(
     model: Any,
     sampling: Sampling,
     max_length: int,
+    mesh: Mesh | None = None,
 ) -> Samples:
     """`sampler.decode` as `sampling` says; the arguments are those of `sample_and_score`."""
     return decode(
@@ -76,6 +91,10 @@ def draw_samples(
         beam_alpha=sampling.beam_alpha,
         seed=seed,
         stream=stream,
+        prefix_tokens=batch.get("decoder_prefix_tokens"),
+        slots=sampling.slots,
+        cache_dtype=sampling.cache_dtype,
+        mesh=mesh,
     )
 
 
@@ -90,6 +109,7 @@ def sample_and_score(
     reward: Reward,
     sampling: Sampling,
     max_length: int,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Encodes each source once, draws N samples of it and scores them.
 
@@ -97,16 +117,19 @@ def sample_and_score(
       params: the policy's.
       reward_params: the reward's.
       batch: `encoder_input_tokens [batch, source_length]`, `references [batch, target_length]`, `source_ids [batch]`;
-        a row of padding is a filler.
+        a row of padding is a filler; and `decoder_prefix_tokens` where samples start with given tokens (`decode`).
       seed, stream: see `sampler.sample_keys`; the stream is the Grow step.
       model, reward, sampling: what draws, what scores, and how many.
       max_length: most tokens of a sample.
+      mesh: the mesh on which the batch lies; None for one device.
 
     Returns:
       samples (`Samples`), components `{name: [batch, num_samples]}`, rewards `[batch, num_samples]`,
       reference_rewards `[batch]` and real `[batch]` (False for fillers).
     """
-    samples = draw_samples(params, batch, seed, stream, model=model, sampling=sampling, max_length=max_length)
+    samples = draw_samples(
+        params, batch, seed, stream, model=model, sampling=sampling, max_length=max_length, mesh=mesh
+    )
 
     def score(tokens: jax.Array) -> dict[str, jax.Array]:
         return reward.score(

@@ -40,6 +40,7 @@ def decode(
     beam_alpha: float,
     seed: jax.Array | int,
     stream: jax.Array | int,
+    prefix_tokens: jax.Array | None = None,
 ) -> Samples:
     """N translations of each source by `predict_batch_with_aux`, with log-probabilities by `score_batch`.
 
@@ -47,8 +48,13 @@ def decode(
     depends on (seed, stream, the chunk's source ids) rather than on its own source's id.
 
     Raises:
-      UserError: `model` is not T5X's, or `processing` asks for what T5X's sampler lacks.
+      UserError: `model` is not T5X's, or `processing` or `prefix_tokens` asks for what T5X's sampler lacks.
     """
+    if prefix_tokens is not None:
+        raise UserError(
+            "prefix_tokens are given, which T5X's encoder-decoder models cannot be made to start with: leave them out, "
+            "or bind rest_jax's own model as MODEL (gin/models)."
+        )
     decoders = _t5x_decoding(model)
     options: dict[str, Any]
     if beam_size:
@@ -78,7 +84,8 @@ def decode(
     real = jnp.any(encoder_input_tokens > 0, axis=-1)
     tokens = jnp.where(real[:, None, None], tokens, PAD_ID).astype(jnp.int32)
     log_probs = log_probabilities(model, params, encoder_input_tokens=encoder_input_tokens, tokens=tokens)
-    return Samples.of(tokens, log_probs, eos_id=eos_id_of(model.output_vocabulary))
+    unknown = jnp.zeros(batch, jnp.int32)
+    return Samples.of(tokens, log_probs, eos_id=eos_id_of(model.output_vocabulary), slot_steps=unknown)
 
 
 def chunk_key(*, seed: jax.Array | int, stream: jax.Array | int, source_ids: jax.Array) -> jax.Array:

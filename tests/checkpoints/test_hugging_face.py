@@ -7,20 +7,21 @@ import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rest_jax import sampling
 from rest_jax.checkpoints import convert, formats, hugging_face, safetensors_files, tensors
 from rest_jax.checkpoints.checkpointer import load_params
 from rest_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary
 from rest_jax.errors import UserError
 from rest_jax.models import t5
+from rest_jax.models.encoder_decoder import EncoderDecoderModel
 from rest_jax.partitioning import Partitioner, make_mesh
-from rest_jax.sampling import sampler
-from rest_jax.sampling.processors import LogitProcessing
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hugging_face"
 FAMILIES = sorted(path.name for path in FIXTURES.iterdir())
@@ -93,22 +94,16 @@ def test_logits_are_those_of_transformers(name):
 def test_greedy_outputs_are_those_of_transformers(name):
     params, config = load(FIXTURES / name)
     expected = golden(name)
-    encoded = t5.Transformer(config).apply(
-        {"params": params}, expected["source"], enable_dropout=False, method=t5.Transformer.encode
-    )
+    vocabulary = SimpleNamespace(vocab_size=config.vocab_size, eos_id=EOS_OF.get(name, 1))
     decode = functools.partial(
-        sampler.decode_samples,
-        params,
-        config,
-        encoded=encoded,
-        encoder_input_tokens=jnp.asarray(expected["source"]),
+        sampling.decode,
+        EncoderDecoderModel(t5.Transformer(config), None, vocabulary),
+        source_ids=jnp.arange(len(expected["source"])),
+        num_samples=1,
         max_length=expected["greedy"].shape[1],
-        processing=LogitProcessing(temperature=0.0),
-        vocab_size=config.vocab_size,
-        eos_id=EOS_OF.get(name, 1),
+        processing=sampling.LogitProcessing(temperature=0.0),
     )
-    keys = sampler.sample_keys(seed=0, stream=0, source_ids=jnp.arange(len(expected["source"])), num_samples=1)
-    samples = jax.jit(decode)(keys=keys)
+    samples = jax.jit(decode)(params, encoder_input_tokens=jnp.asarray(expected["source"]))
     np.testing.assert_array_equal(np.asarray(samples.tokens)[:, 0], expected["greedy"])
 
 

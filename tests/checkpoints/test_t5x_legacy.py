@@ -8,7 +8,7 @@ import pytest
 import tensorstore
 from flax import serialization
 
-from rest_jax.checkpoints import convert, formats, model_config, t5x_legacy, tensors
+from rest_jax.checkpoints import convert, formats, model_config, orbax_files, t5x_legacy, tensors
 from rest_jax.errors import UserError
 from rest_jax.models import t5
 
@@ -115,11 +115,8 @@ def test_scanned_layers_stay_together_or_come_apart_as_the_model_wants(tmp_path)
     together = formats.open_checkpoint(str(tmp_path / "scanned")).tensors
     assert together["encoder/encoder/mlp/wo/kernel"].shape == (16, 2, 12)
     assert "SCAN_LAYERS = True" in (tmp_path / "scanned" / "config.gin").read_text()
-    convert.export_checkpoint(str(tmp_path / "scanned"), tmp_path / "again", to="t5x")
-    again = formats.open_checkpoint(str(tmp_path / "again")).tensors
-    assert_same(again, {name: tensor.read() for name, tensor in together.items()})
-    assert model_config.infer_config({k: v.shape for k, v in again.items()}, what="x") == scanned
-    convert.export_checkpoint(str(tmp_path / "scanned"), tmp_path / "back", to="t5x", model=convert.Model(CONFIG))
+    # T5X has no network of such layers together.
+    convert.export_checkpoint(str(tmp_path / "scanned"), tmp_path / "back", to="t5x")
     assert_same(formats.open_checkpoint(str(tmp_path / "back")).tensors, params)
 
 
@@ -253,13 +250,13 @@ def test_t5x_orbax_checkpoints_with_their_optimizer_are_imported(tmp_path, use_o
 
 
 def test_an_orbax_database_that_is_cut_off_is_refused(tmp_path):
-    write_as_t5x(tmp_path / "theirs", make_params())
-    convert.import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours")
+    # One array: where several fail at once, Orbax leaves the later failures to TensorStore's threads, which complain.
+    orbax_files.write_tensors(tmp_path / "ours" / "state", {"a": tensors.of_array(np.arange(1000.0))})
     for file in (tmp_path / "ours" / "state").rglob("d/*"):
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="SOURCE: .*(cannot be read|is damaged)"):
         convert.export_checkpoint(str(tmp_path / "ours"), tmp_path / "again", to="t5x")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
 def test_t5xs_first_orbax_wrote_a_file_of_placeholders(tmp_path):

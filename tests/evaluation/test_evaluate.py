@@ -163,10 +163,12 @@ def test_some_sources_and_some_of_the_test_split_can_be_measured(splits, params,
 
 
 def test_greedy_and_beam_translations_come_once_per_source():
-    greedy = translation_sampling(sources_per_chunk=4, beam_size=1, beam_alpha=0.6)
-    beam = translation_sampling(sources_per_chunk=4, beam_size=3, beam_alpha=1.0)
+    sampling = Sampling(num_samples=5, sources_per_chunk=4, length_multiple=24)
+    greedy = translation_sampling(sampling, beam_size=1, beam_alpha=0.6)
+    beam = translation_sampling(sampling, beam_size=3, beam_alpha=1.0)
     assert (greedy.num_samples, greedy.beam_size, greedy.processing.temperature) == (1, 0, 0.0)
     assert (beam.num_samples, beam.beam_size, beam.beam_alpha) == (1, 3, 1.0)
+    assert (greedy.sources_per_chunk, greedy.length_multiple) == (4, 24)
 
 
 @pytest.mark.parametrize(

@@ -10,31 +10,48 @@ import pytest
 from jax.extend import core as jax_core
 
 from rest_jax.sampling import LogitProcessing, decoder
-from rest_jax.sampling.sampler import decode, decode_samples, sample_keys
+from rest_jax.sampling.processors import NEGATIVE_INFINITY
+from rest_jax.sampling.sampler import decode
 from tests.sampling.conftest import make_tiny, padded_sources
 
 SOURCE_LENGTHS = (9, 4, 12)
 
 
-def step_by_step(tiny, sources, inputs):
+def step_by_step(tiny, sources, inputs, *, cache_dtype=None):
     """Logits `[batch, N, T, V]` of decode_position for decoder inputs `[batch, N, T]`."""
     config, length = tiny.config, inputs.shape[2]
     module = tiny.model.module
 
+    batch, num_samples = inputs.shape[:2]
+    slots = batch * num_samples
+    bias = np.broadcast_to(np.where(sources > 0, 0, NEGATIVE_INFINITY)[:, None], (batch, num_samples, sources.shape[1]))
+
     @jax.jit
     def run(params, inputs):
         encoded = module.apply({"params": params}, sources, enable_dropout=False, method=module.encode)
-        params = decoder.cast_params(params, config.dtype)
-        cross = decoder.cross_attention(params, config, encoded=encoded, encoder_input_tokens=sources)
-        cache = decoder.empty_cache(config, max_length=length, batch=inputs.shape[0], num_samples=inputs.shape[1])
+        cross = decoder.cross_attention(params, config, encoded=encoded)
+        weights = decoder.pack_weights(params, config, slots=slots)
+        cache = decoder.empty_cache(config, max_length=length, slots=slots, dtype=cache_dtype)
+        # Slot i starts i steps late, so that slots stand at different positions.
+        late = jnp.arange(slots)
 
-        def step(cache, position):
+        def step(cache, time):
+            positions = jnp.clip(time - late, 0, length - 1)
             logits, cache = decoder.decode_position(
-                params, config, tokens=inputs[:, :, position], position=position, cache=cache, cross=cross
+                weights,
+                config,
+                tokens=inputs.reshape(slots, length)[late, positions],
+                positions=positions,
+                filled=jnp.max(positions) + 1,
+                cache=cache,
+                cross=cross,
+                cross_bias=bias,
+                max_length=length,
             )
             return cache, logits
 
-        return jnp.moveaxis(jax.lax.scan(step, cache, jnp.arange(length))[1], 0, 2)
+        logits = jax.lax.scan(step, cache, jnp.arange(length + slots - 1))[1]  # [time, slots, V]
+        return logits[late[:, None] + jnp.arange(length), late[:, None]].reshape(batch, num_samples, length, -1)
 
     return np.asarray(run(tiny.params, inputs))
 
@@ -87,22 +104,18 @@ def test_program_of_a_position_does_not_grow_with_the_number_of_scanned_layers()
         tiny = make_tiny(num_decoder_layers=layers, scan_layers=scan)
         sources = padded_sources(SOURCE_LENGTHS)
 
-        def run(params, encoded):
-            keys = sample_keys(seed=0, stream=0, source_ids=np.arange(len(sources)), num_samples=2)
-            return decode_samples(
+        def run(params):
+            return decode(
+                tiny.model,
                 params,
-                tiny.config,
-                encoded=encoded,
                 encoder_input_tokens=sources,
-                keys=keys,
+                source_ids=np.arange(len(sources)),
+                num_samples=2,
                 max_length=4,
                 processing=LogitProcessing(),
-                vocab_size=27,
-                eos_id=1,
             )
 
-        encoded = jax.ShapeDtypeStruct((*sources.shape, tiny.config.emb_dim), jnp.float32)
-        return len(jax.jit(run).lower(tiny.params, encoded).as_text())
+        return len(jax.jit(run).lower(tiny.params).as_text())
 
     assert program_size(8, True) < 1.02 * program_size(2, True)
     assert program_size(8, False) > 1.5 * program_size(2, False)
@@ -190,22 +203,20 @@ def test_more_samples_cost_less_memory_than_their_sources_would():
     repeated = 2 * config.num_decoder_layers * length * config.num_heads * config.head_dim * 4
 
     def temporary_bytes(num_samples):
-        def run(params, encoded, sources, keys):
-            return decode_samples(
+        sources = padded_sources((length,))
+
+        def run(params):
+            return decode(
+                tiny.model,
                 params,
-                config,
-                encoded=encoded,
                 encoder_input_tokens=sources,
-                keys=keys,
+                source_ids=np.arange(1),
+                num_samples=num_samples,
                 max_length=4,
                 processing=LogitProcessing(),
-                vocab_size=27,
-                eos_id=1,
             )
 
-        keys = sample_keys(seed=0, stream=0, source_ids=np.arange(1), num_samples=num_samples)
-        encoded = jax.ShapeDtypeStruct((1, length, config.emb_dim), jnp.float32)
-        compiled = jax.jit(run).lower(tiny.params, encoded, padded_sources((length,)), keys).compile()
+        compiled = jax.jit(run).lower(tiny.params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     per_sample = (temporary_bytes(24) - temporary_bytes(8)) / 16

@@ -1,0 +1,142 @@
+"""Self-attention keys and values of slots that stand at different positions.
+
+Column t of a slot holds what its sample's position t said, whenever that was: what is summed, and in which order, is
+then a function of the sample alone. Columns lie in blocks, arrays of their own, and attention reads the blocks that
+some slot has reached; a later column's weight is exactly zero, so that reading more of them changes no bit.
+
+`[slots, H, C, K]` each: a position is written with one scatter, in place, whose pieces are contiguous.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CACHE_TYPES = ("float32", "bfloat16", "float16", "int8")
+# More blocks follow the filled part more closely, each for a write per layer and position.
+_MAX_BLOCKS = 4
+_BLOCK_MULTIPLE = 32
+_INT8_MAX = 127.0
+
+
+class Blocks(NamedTuple):
+    """Keys or values of one layer; with `scan_layers` of all, `num_layers` in front of each shape."""
+
+    columns: tuple[jax.Array, ...]  # [slots, H, C, K] each
+    scales: tuple[jax.Array, ...]  # [slots, H, C] float32 each, by which int8 columns are multiplied; else empty
+
+
+class KeysValues(NamedTuple):
+    keys: Blocks
+    values: Blocks
+
+
+# One per layer, or with `scan_layers` one of all.
+Cache = list[KeysValues] | KeysValues
+
+
+def block_length(max_length: int) -> int:
+    """Columns of a block, C: the fewest whole multiples of 32 that make at most four blocks."""
+    return _BLOCK_MULTIPLE * math.ceil(max_length / (_BLOCK_MULTIPLE * _MAX_BLOCKS))
+
+
+def num_columns(max_length: int) -> int:
+    """Columns of all blocks."""
+    return block_length(max_length) * num_blocks(max_length)
+
+
+def num_blocks(max_length: int) -> int:
+    return math.ceil(max_length / block_length(max_length))
+
+
+def empty(*, layers: int, scanned: bool, slots: int, heads: int, head_dim: int, max_length: int, dtype: str) -> Cache:
+    """A cache for `max_length` positions of `slots` samples, in `dtype` (one of CACHE_TYPES)."""
+
+    def blocks() -> Blocks:
+        shape = (*((layers,) if scanned else ()), slots, heads, block_length(max_length), head_dim)
+        count = num_blocks(max_length)
+        columns = tuple(jnp.zeros(shape, dtype) for _ in range(count))
+        return Blocks(columns, tuple(jnp.zeros(shape[:-1]) for _ in range(count)) if dtype == "int8" else ())
+
+    if scanned:
+        return KeysValues(blocks(), blocks())
+    return [KeysValues(blocks(), blocks()) for _ in range(layers)]
+
+
+def write(cache: KeysValues, key: jax.Array, value: jax.Array, *, positions: jax.Array, layer: jax.Array | None = None):
+    """The cache of one layer, or of all with `layer`, with key and value `[slots, H, K]` at `positions` `[slots]`."""
+    return KeysValues(
+        _write(cache.keys, key, positions=positions, layer=layer),
+        _write(cache.values, value, positions=positions, layer=layer),
+    )
+
+
+def _write(blocks: Blocks, new: jax.Array, *, positions: jax.Array, layer: jax.Array | None) -> Blocks:
+    rows = jnp.arange(len(positions))
+    scale = None
+    if blocks.scales:
+        scale = jnp.max(jnp.abs(new), axis=-1).astype(jnp.float32) / _INT8_MAX  # [slots, H]
+        new = jnp.round(new / jnp.maximum(scale, 1e-30)[..., None])
+
+    def put(block: jax.Array, values: jax.Array, number: int) -> jax.Array:
+        column = positions - number * block_size
+        column = jnp.where(column >= 0, column, block_size)  # a negative one would count from the end
+        place = (rows, slice(None), column) if layer is None else (layer, rows, slice(None), column)
+        return block.at[place].set(values.astype(block.dtype), mode="drop", unique_indices=True)
+
+    block_size = blocks.columns[0].shape[-2]
+    columns = tuple(put(block, new, number) for number, block in enumerate(blocks.columns))
+    scales = () if scale is None else tuple(put(block, scale, number) for number, block in enumerate(blocks.scales))
+    return Blocks(columns, scales)
+
+
+def attend(query: jax.Array, cache: KeysValues, *, bias: jax.Array, filled: jax.Array) -> jax.Array:
+    """What each slot's query reads of its own columns.
+
+    Args:
+      query: `[slots, H, K]`.
+      cache: of one layer.
+      bias: `[slots, H, columns]` float32, very negative at columns past the slot's position.
+      filled: scalar int32, a bound on the columns that any slot has filled; at least 1.
+
+    Returns:
+      `[slots, H, K]` in the query's type.
+    """
+    keys, values = cache
+    count, size = len(keys.columns), keys.columns[0].shape[-2]
+
+    def first(blocks: int, query: jax.Array, keys: Blocks, values: Blocks, bias: jax.Array) -> jax.Array:
+        scores = jnp.concatenate([_scores(query, keys, number) for number in range(blocks)], axis=-1)
+        weights = jax.nn.softmax(scores + bias[..., : blocks * size], axis=-1)
+        return sum(
+            _context(weights[..., number * size : (number + 1) * size], values, number, dtype=query.dtype)
+            for number in range(blocks)
+        )
+
+    branches = [lambda *operands, blocks=blocks: first(blocks, *operands) for blocks in range(1, count + 1)]
+    return jax.lax.switch((filled - 1) // size, branches, query, keys, values, bias)
+
+
+def _scores(query: jax.Array, keys: Blocks, number: int) -> jax.Array:
+    """`[slots, H, C]` float32."""
+    columns = keys.columns[number]
+    columns = columns.astype(query.dtype) if keys.scales else columns
+    scores = jnp.einsum("shk,shck->shc", query.astype(columns.dtype), columns, preferred_element_type=jnp.float32)
+    return scores * keys.scales[number] if keys.scales else scores
+
+
+def _context(weights: jax.Array, values: Blocks, number: int, *, dtype: jnp.dtype) -> jax.Array:
+    """`[slots, H, K]`."""
+    columns = values.columns[number]
+    if values.scales:
+        weights, columns = weights * values.scales[number], columns.astype(dtype)
+    return jnp.einsum(
+        "shc,shck->shk", weights.astype(columns.dtype), columns, preferred_element_type=jnp.float32
+    ).astype(dtype)
+
+
+def choose_slots(cache: Cache, chosen: jax.Array) -> Cache:
+    """The cache of the slots that stand at `chosen` `[slots]`."""
+    axis = 1 if isinstance(cache, KeysValues) else 0
+    return jax.tree.map(lambda leaf: jnp.take(leaf, chosen, axis=axis), cache)

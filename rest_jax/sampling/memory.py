@@ -1,0 +1,187 @@
+"""How many slots fit: the memory that sampling takes on a device, from shapes alone, before anything is compiled."""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rest_jax.errors import UserError
+from rest_jax.models import t5
+from rest_jax.sampling import cache as cache_lib
+from rest_jax.sampling.engine import Layout
+
+MIB = 2**20
+# Slots that a device's matrix products need to run at their full rate (docs/performance.md). Where fewer samples are to
+# be drawn, or fewer fit, there are fewer.
+_FULL_RATE_SLOTS = {"cpu": 256}
+_FULL_RATE_SLOTS_ELSEWHERE = 2048
+_SLOTS_PER_GROUP = 64
+_FEWEST_SLOTS = 8
+# Slots per group to which the loop goes down at the end, as shares of those at first, and how few slots are worth it. A
+# CPU's step takes as long as it has slots; other devices' take nearly as long with few.
+_SHRUNK = {"cpu": (3 / 4, 1 / 2, 3 / 8, 1 / 4)}
+_SHRUNK_ELSEWHERE = (1 / 2, 1 / 4)
+_SHRUNK_FEWEST_SLOTS = 64
+# Of the logits: themselves, what is drawn from, and what the compiler keeps beside them.
+_LOGITS_COPIES = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was chosen for one device, and the bytes that it takes there.
+
+    Attributes:
+      layout: slots, groups and places.
+      parts: bytes by what they are for.
+      budget: bytes that there are.
+    """
+
+    layout: Layout
+    parts: dict[str, int]
+    budget: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        layout = self.layout
+        parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in self.parts.items())
+        return (
+            f"{layout.slots} slots ({layout.groups} groups of {layout.slots_per_group}, {layout.places} sources each); "
+            f"{self.total / MIB:.0f} MiB of {self.budget / MIB:.0f} on each device: {parts}"
+        )
+
+
+def choose_layout(*, batch: int, num_samples: int, slots: int, platform: str = "cpu") -> Layout:
+    """At most about `slots` slots for N samples of each of `batch` sources, on a device of `platform`."""
+    slots = min(slots, batch * num_samples)
+    # A group's slots are the rows of its attention's products; with 2 N it seldom waits for a source's last sample.
+    per_group = max(2, min(2 * num_samples, _SLOTS_PER_GROUP, slots))
+    groups = min(batch, math.ceil(slots / per_group))
+    per_group = max(2, math.ceil(slots / groups))
+    # One more than the slots need, so that they go on with it while the last samples of the others end.
+    places = math.ceil(per_group / num_samples) + (num_samples > 1)
+    shrunk = (round(share * per_group) for share in _SHRUNK.get(platform, _SHRUNK_ELSEWHERE))
+    return Layout(
+        groups=groups,
+        slots_per_group=per_group,
+        places=min(places, math.ceil(batch / groups)),
+        shrunk=tuple(fewer for fewer in shrunk if groups * fewer >= _SHRUNK_FEWEST_SLOTS),
+    )
+
+
+def plan(
+    config: t5.T5Config,
+    *,
+    batch: int,
+    num_samples: int,
+    source_length: int,
+    max_length: int,
+    slots: int | None = None,
+    beam_size: int = 0,
+    cache_dtype: str | None = None,
+    model_parallel: int = 1,
+    device: Any = None,
+    budget: int | None = None,
+) -> Plan:
+    """The layout of one data shard.
+
+    Args:
+      config: the network's shape.
+      batch: sources of the shard's chunk.
+      num_samples: N.
+      source_length, max_length: tokens of a source, and most tokens of a sample.
+      slots: how many; None for as many as are of use and fit.
+      beam_size: of beam search, whose hypotheses all have a slot; 0 for samples.
+      cache_dtype: of the self-attention cache; None for the activations'.
+      model_parallel: devices that share the shard.
+      device: one of them; None for the first.
+      budget: bytes on each; None for what the device has (`device_bytes`).
+
+    Raises:
+      UserError: not even the fewest slots fit; names the numbers.
+    """
+    device = jax.devices()[0] if device is None else device
+    budget = device_bytes(device) if budget is None else budget
+    useful = _FULL_RATE_SLOTS.get(device.platform, _FULL_RATE_SLOTS_ELSEWHERE)
+
+    def planned(layout: Layout) -> Plan:
+        parts = _bytes(
+            config,
+            layout=layout,
+            batch=batch,
+            num_samples=num_samples,
+            source_length=source_length,
+            max_length=max_length,
+            cache_dtype=cache_dtype or config.dtype,
+            model_parallel=model_parallel,
+        )
+        return Plan(layout=layout, parts=parts, budget=budget)
+
+    if beam_size:
+        layouts = [Layout(groups=batch, slots_per_group=beam_size, places=1)]
+    else:
+        halvings = range((useful // _FEWEST_SLOTS).bit_length())
+        layouts = [
+            choose_layout(batch=batch, num_samples=num_samples, slots=count, platform=device.platform)
+            for count in ([useful >> number for number in halvings] if slots is None else [slots])
+        ]
+    for candidate in map(planned, layouts):
+        if candidate.total <= budget:
+            return candidate
+    raise UserError(
+        f"Sampling does not fit into {budget / MIB:.0f} MiB of memory on a device: {candidate}. Choose a smaller "
+        "sources_per_chunk (SOURCES_PER_CHUNK), fewer slots, a narrower cache_dtype, shorter lengths, or split the "
+        "model over more devices (MODEL_PARALLEL)."
+    )
+
+
+def device_bytes(device: Any) -> int:
+    """Bytes that may be used on a device: its own limit, or for a CPU what its host has available, evenly shared."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return available // len([other for other in jax.local_devices() if other.platform == device.platform])
+
+
+def _bytes(
+    config: t5.T5Config,
+    *,
+    layout: Layout,
+    batch: int,
+    num_samples: int,
+    source_length: int,
+    max_length: int,
+    cache_dtype: str,
+    model_parallel: int,
+) -> dict[str, int]:
+    """Bytes on one device, by what they are for."""
+    item, cached = jnp.dtype(config.dtype).itemsize, jnp.dtype(cache_dtype).itemsize
+    width, mlp, vocab = config.num_heads * config.head_dim, config.mlp_dim, config.vocab_size or 0
+    activations = len(config.mlp_activations)
+    attention, feed_forward = 4 * config.emb_dim * width, (activations + 1) * config.emb_dim * mlp
+    encoder = config.num_encoder_layers * (attention + feed_forward)
+    decoder = config.num_decoder_layers * (2 * attention + feed_forward)
+    embeddings = vocab * config.emb_dim * (1 if config.logits_via_embedding else 2)
+    per_token = 2 * config.num_decoder_layers * width  # keys and values
+    scales = 2 * config.num_decoder_layers * config.num_heads * 4 if cache_dtype == "int8" else 0
+    # Where the loop goes down to fewer slots, their cache is copied from the whole one.
+    slots = layout.slots + layout.groups * max(layout.shrunk, default=0)
+    encoding = batch * source_length * ((activations + 1) * mlp + 4 * width) * item
+    encoding += batch * config.num_heads * source_length**2 * 4
+    shared = {
+        "parameters": 4 * (encoder + decoder + embeddings),
+        "weights packed for decoding": item * decoder + 4 * vocab * config.emb_dim,
+        "sources": batch * source_length * per_token * item,
+        "sources in groups": layout.groups * layout.places * source_length * per_token * item,
+        "self-attention cache": slots * cache_lib.num_columns(max_length) * (per_token * cached + scales),
+        "logits": _LOGITS_COPIES * layout.slots * vocab * 4,
+        "encoding": encoding,
+    }
+    parts = {name: size // model_parallel for name, size in shared.items()}
+    return parts | {"samples": 2 * batch * num_samples * max_length * 4}
