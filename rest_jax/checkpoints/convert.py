@@ -69,6 +69,11 @@ def import_checkpoint(source: str, dest: Path, *, model: Model | None = None) ->
     vocabulary = None if model is None else model.vocabulary
     if vocabulary is None:
         vocabulary = hugging_face.open_vocabulary(checkpoint.directory, vocab_size=config.vocab_size or 0)
+    if vocabulary is not None and vocabulary.vocab_size > (config.vocab_size or 0):
+        raise UserError(
+            f"SOURCE: {str(checkpoint.directory)!r} has an embedding of {config.vocab_size} rows, and its vocabulary "
+            f"{vocabulary!r} has {vocabulary.vocab_size} ids. Give the tokenizer's files that the model was made for."
+        )
     with _new_directory(dest) as partial:
         orbax_files.write_tensors(partial / formats.STATE_ITEM, leaves, step=checkpoint.step)
         if checkpoint.config_json is not None:

@@ -212,16 +212,20 @@ def open_vocabulary(folder: Path, *, vocab_size: int) -> Vocabulary | None:
     embedding has no room for them (mT5 and MADLAD-400 have theirs among the pieces).
     """
     settings = _read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
+    extra_ids = settings.get("extra_ids")
+    if extra_ids is not None and (isinstance(extra_ids, bool) or not isinstance(extra_ids, int) or extra_ids < 0):
+        raise UserError(
+            f"{str(folder / TOKENIZER_CONFIG)!r} has extra_ids={extra_ids!r}; it must be a whole number of at least 0."
+        )
     if str(settings.get("tokenizer_class", "")).startswith("ByT5"):
-        return ByteVocabulary(extra_ids=int(settings.get("extra_ids", 125)))
+        return ByteVocabulary(extra_ids=125 if extra_ids is None else extra_ids)
     model = folder / SENTENCEPIECE
     if not model.is_file():
         return None
-    extra_ids = settings.get("extra_ids")
     if extra_ids is None:
         room = vocab_size - SentencePieceVocabulary(str(model)).vocab_size
         extra_ids = max(number for number in (0, 100, 300) if number <= max(room, 0))
-    return SentencePieceVocabulary(str(model), extra_ids=int(extra_ids))
+    return SentencePieceVocabulary(str(model), extra_ids=extra_ids)
 
 
 def write_vocabulary(folder: Path, vocabulary: Any) -> None:

@@ -160,3 +160,35 @@ def test_a_source_that_cannot_be_read_is_the_users_to_correct(tmp_path, capsys, 
 def test_bindings_without_a_gin_file_are_refused(tmp_path, capsys):
     assert run("import", FIXTURES / "t5_1_1", tmp_path / "a", "--gin.DROPOUT_RATE=0.2") == 2
     assert "give --gin_file of the model too" in capsys.readouterr().err
+
+
+def test_a_vocabulary_with_more_ids_than_rows_is_refused_with_both_sizes(tmp_path, capsys):
+    source = shutil.copytree(FIXTURES / "t5_1_1", tmp_path / "source")
+    shutil.copy(SentencePieceVocabulary(VOCABULARY).path, source / "spiece.model")
+    assert run("import", source, tmp_path / "out") == cli.EXIT_USER
+    message = capsys.readouterr().err
+    assert "64 rows" in message and f"{SentencePieceVocabulary(VOCABULARY).vocab_size} ids" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("extra_ids", ["many", -1, True])
+def test_a_tokenizer_with_impossible_extra_ids_is_refused(tmp_path, capsys, extra_ids):
+    source = shutil.copytree(FIXTURES / "byt5", tmp_path / "source")
+    (source / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "ByT5Tokenizer", "extra_ids": extra_ids})
+    )
+    assert run("import", source, tmp_path / "out") == cli.EXIT_USER
+    assert f"extra_ids={extra_ids!r}" in capsys.readouterr().err
+
+
+def test_an_imported_config_replaces_the_vocabulary_of_own_text(tmp_path):
+    vocabulary = SentencePieceVocabulary(VOCABULARY)
+    shapes = t5.T5Config(
+        vocab_size=8064, emb_dim=8, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, head_dim=4, mlp_dim=8
+    )
+    name = model_config.vocabulary_text(vocabulary, model_file=vocabulary.path)
+    (tmp_path / "config.gin").write_text(model_config.gin_text(shapes, comment="", vocabulary=name))
+    config.load(
+        gin_files=["runs/own_text.gin", str(tmp_path / "config.gin")],
+        bindings=["MODEL_DIR=''", "MIXTURE_OR_TASK_NAME='x'", "TASK_MODULES=()"],
+    )

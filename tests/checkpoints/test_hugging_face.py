@@ -236,6 +236,16 @@ def test_the_tokenizers_file_comes_along_and_is_named_in_the_gin_file(editable, 
     folder = editable("t5_1_1")
     vocabulary = SentencePieceVocabulary(VOCABULARY)
     shutil.copyfile(vocabulary.path, folder / "spiece.model")
+
+    def with_a_row_for_each_piece(stored):
+        longer = {
+            name: tensors.of_array(np.resize(stored[name].read(), (vocabulary.vocab_size, stored[name].shape[1])))
+            for name in ("shared.weight", "lm_head.weight")
+        }
+        return stored | longer
+
+    rewrite(folder, with_a_row_for_each_piece)
+    edit_json(folder / "config.json", vocab_size=vocabulary.vocab_size)
     assert convert.import_checkpoint(str(folder), tmp_path / "ours").has_vocabulary
     assert (tmp_path / "ours" / "spiece.model").read_bytes() == vocabulary.path.read_bytes()
     text = (tmp_path / "ours" / "config.gin").read_text()
