@@ -234,7 +234,13 @@ def write_vocabulary(folder: Path, vocabulary: Any) -> None:
         settings: dict[str, Any] = {"tokenizer_class": "ByT5Tokenizer"}
     elif isinstance(vocabulary, SentencePieceVocabulary):
         shutil.copyfile(vocabulary.path, folder / SENTENCEPIECE)
-        settings = {"tokenizer_class": "T5Tokenizer"}
+        # MADLAD-400's file has no piece for padding: T5Tokenizer would add one, past the embedding's last row.
+        settings = {
+            "tokenizer_class": "T5Tokenizer",
+            "pad_token": vocabulary.id_to_piece(vocabulary.pad_id),
+            "eos_token": vocabulary.id_to_piece(vocabulary.eos_id),
+            "unk_token": vocabulary.id_to_piece(vocabulary.unk_id),
+        }
     else:
         return
     _write_json(folder / TOKENIZER_CONFIG, settings | {"extra_ids": vocabulary.extra_ids})

@@ -4,6 +4,7 @@ tests/fixtures/make_hugging_face_fixtures.py made the folders and their golden.n
 """
 
 import functools
+import io
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 
 from rest_jax import sampling
 from rest_jax.checkpoints import convert, formats, hugging_face, safetensors_files, tensors
@@ -285,6 +287,25 @@ def test_an_exported_policy_has_its_tokenizers_files(tmp_path, vocabulary):
     convert.export_checkpoint(str(FIXTURES / "byt5"), tmp_path / "theirs", to="hugging_face", model=model)
     again = hugging_face.open_vocabulary(tmp_path / "theirs", vocab_size=384)
     assert again.sha256 == vocabulary.sha256
+
+
+def test_a_vocabulary_without_padding_pads_with_its_id_0(tmp_path):
+    text = io.StringIO("a b c ab bc abc\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=text,
+        model_prefix=str(tmp_path / "madlad"),
+        vocab_size=12,
+        hard_vocab_limit=False,
+        pad_id=-1,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        minloglevel=2,
+    )
+    (tmp_path / "theirs").mkdir()
+    hugging_face.write_vocabulary(tmp_path / "theirs", SentencePieceVocabulary(str(tmp_path / "madlad.model")))
+    settings = json.loads((tmp_path / "theirs" / "tokenizer_config.json").read_text())
+    assert (settings["pad_token"], settings["eos_token"], settings["unk_token"]) == ("<unk>", "</s>", "<unk>")
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
