@@ -30,7 +30,7 @@ def step_by_step(tiny, sources, inputs, *, cache_dtype=None):
     def run(params, inputs):
         encoded = module.apply({"params": params}, sources, enable_dropout=False, method=module.encode)
         cross = decoder.cross_attention(params, config, encoded=encoded)
-        weights = decoder.pack_weights(params, config, slots=slots)
+        weights = decoder.pack_weights(params, config)
         cache = decoder.empty_cache(config, max_length=length, slots=slots, dtype=cache_dtype)
         # Slot i starts i steps late, so that slots stand at different positions.
         late = jnp.arange(slots)
