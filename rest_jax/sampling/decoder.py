@@ -200,6 +200,7 @@ def decode_position(
         layers = (jnp.arange(config.num_decoder_layers), weights["layers"], cross.keys, cross.values)
         (x, cache), _ = jax.lax.scan(scanned, (x, cache), layers)
     else:
+        assert isinstance(cache, list)  # empty_cache makes one for each layer
         written = []
         for block, own, keys, values in zip(weights["layers"], cache, cross.keys, cross.values, strict=True):
             x, own = run(block, x, own, keys, values, None)

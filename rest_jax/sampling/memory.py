@@ -15,15 +15,16 @@ from rest_jax.sampling.engine import Layout
 
 MIB = 2**20
 # Slots that a device's matrix products need to run at their full rate (docs/performance.md). Where fewer samples are to
-# be drawn, or fewer fit, there are fewer.
-_FULL_RATE_SLOTS = {"cpu": 256}
+# be drawn, or fewer fit, there are fewer. A CPU's are for large models; it takes more of a small one, whose step costs
+# more in beginning its many small operations than in doing them.
+_FULL_RATE_SLOTS = 256
 _FULL_RATE_SLOTS_ELSEWHERE = 2048
+_CPU_STEP_FLOPS, _CPU_MOST_SLOTS = 4e9, 1024
 _SLOTS_PER_GROUP = 64
 _FEWEST_SLOTS = 8
-# Slots per group to which the loop goes down at the end, as shares of those at first, and how few slots are worth it. A
-# CPU's step takes as long as it has slots; other devices' take nearly as long with few.
-_SHRUNK = {"cpu": (3 / 4, 1 / 2, 3 / 8, 1 / 4)}
-_SHRUNK_ELSEWHERE = (1 / 2, 1 / 4)
+# Slots per group to which the loop goes down at the end, as shares of those at first, and how few slots are worth it.
+# Each is a loop more to compile.
+_SHRUNK = (1 / 2,)
 _SHRUNK_FEWEST_SLOTS = 64
 # Of the logits: themselves, what is drawn from, and what the compiler keeps beside them.
 _LOGITS_COPIES = 3
@@ -56,8 +57,8 @@ class Plan:
         )
 
 
-def choose_layout(*, batch: int, num_samples: int, slots: int, platform: str = "cpu") -> Layout:
-    """At most about `slots` slots for N samples of each of `batch` sources, on a device of `platform`."""
+def choose_layout(*, batch: int, num_samples: int, slots: int) -> Layout:
+    """At most about `slots` slots for N samples of each of `batch` sources."""
     slots = min(slots, batch * num_samples)
     # A group's slots are the rows of its attention's products; with 2 N it seldom waits for a source's last sample.
     per_group = max(2, min(2 * num_samples, _SLOTS_PER_GROUP, slots))
@@ -65,7 +66,7 @@ def choose_layout(*, batch: int, num_samples: int, slots: int, platform: str = "
     per_group = max(2, math.ceil(slots / groups))
     # One more than the slots need, so that they go on with it while the last samples of the others end.
     places = math.ceil(per_group / num_samples) + (num_samples > 1)
-    shrunk = (round(share * per_group) for share in _SHRUNK.get(platform, _SHRUNK_ELSEWHERE))
+    shrunk = (round(share * per_group) for share in _SHRUNK)
     return Layout(
         groups=groups,
         slots_per_group=per_group,
@@ -107,7 +108,7 @@ def plan(
     """
     device = jax.devices()[0] if device is None else device
     budget = device_bytes(device) if budget is None else budget
-    useful = _FULL_RATE_SLOTS.get(device.platform, _FULL_RATE_SLOTS_ELSEWHERE)
+    useful = _useful_slots(config, platform=device.platform)
 
     def planned(layout: Layout) -> Plan:
         parts = _bytes(
@@ -127,7 +128,7 @@ def plan(
     else:
         halvings = range((useful // _FEWEST_SLOTS).bit_length())
         layouts = [
-            choose_layout(batch=batch, num_samples=num_samples, slots=count, platform=device.platform)
+            choose_layout(batch=batch, num_samples=num_samples, slots=count)
             for count in ([useful >> number for number in halvings] if slots is None else [slots])
         ]
     for candidate in map(planned, layouts):
@@ -141,12 +142,35 @@ def plan(
 
 
 def device_bytes(device: Any) -> int:
-    """Bytes that may be used on a device: its own limit, or for a CPU what its host has available, evenly shared."""
+    """Bytes that may be used on a device: its own limit, or for a CPU its host's memory, evenly shared.
+
+    Not what is free at the moment: all processes of a run must compile the same program, today and tomorrow.
+    """
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return available // len([other for other in jax.local_devices() if other.platform == device.platform])
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory // len([other for other in jax.local_devices() if other.platform == device.platform])
+
+
+def _useful_slots(config: t5.T5Config, *, platform: str) -> int:
+    if platform != "cpu":
+        return _FULL_RATE_SLOTS_ELSEWHERE
+    slots = _FULL_RATE_SLOTS
+    while slots < _CPU_MOST_SLOTS and 2 * slots * _flops_per_token(config) <= _CPU_STEP_FLOPS:
+        slots *= 2
+    return slots
+
+
+def _flops_per_token(config: t5.T5Config) -> float:
+    """Of the products with weights."""
+    parameters = config.num_decoder_layers * _layer_parameters(config, attentions=2)
+    return 2.0 * (parameters + (config.vocab_size or 0) * config.emb_dim)
+
+
+def _layer_parameters(config: t5.T5Config, *, attentions: int) -> int:
+    attention = 4 * config.emb_dim * config.num_heads * config.head_dim
+    return attentions * attention + (len(config.mlp_activations) + 1) * config.emb_dim * config.mlp_dim
 
 
 def _bytes(
@@ -164,9 +188,8 @@ def _bytes(
     item, cached = jnp.dtype(config.dtype).itemsize, jnp.dtype(cache_dtype).itemsize
     width, mlp, vocab = config.num_heads * config.head_dim, config.mlp_dim, config.vocab_size or 0
     activations = len(config.mlp_activations)
-    attention, feed_forward = 4 * config.emb_dim * width, (activations + 1) * config.emb_dim * mlp
-    encoder = config.num_encoder_layers * (attention + feed_forward)
-    decoder = config.num_decoder_layers * (2 * attention + feed_forward)
+    encoder = config.num_encoder_layers * _layer_parameters(config, attentions=1)
+    decoder = config.num_decoder_layers * _layer_parameters(config, attentions=2)
     embeddings = vocab * config.emb_dim * (1 if config.logits_via_embedding else 2)
     per_token = 2 * config.num_decoder_layers * width  # keys and values
     scales = 2 * config.num_decoder_layers * config.num_heads * 4 if cache_dtype == "int8" else 0
