@@ -118,7 +118,7 @@ def sample_and_score(
       reward_params: the reward's.
       batch: `encoder_input_tokens [batch, source_length]`, `references [batch, target_length]`, `source_ids [batch]`;
         a row of padding is a filler; and `decoder_prefix_tokens` where samples start with given tokens (`decode`).
-      seed, stream: see `sampler.sample_keys`; the stream is the Grow step.
+      seed, stream: see `sampler.source_keys`; the stream is the Grow step.
       model, reward, sampling: what draws, what scores, and how many.
       max_length: most tokens of a sample.
       mesh: the mesh on which the batch lies; None for one device.
