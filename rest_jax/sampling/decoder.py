@@ -26,9 +26,6 @@ Params = Mapping[str, Any]
 Weights = dict[str, Any]
 # One array per layer, or with `scan_layers` one of all: `[num_layers, ...]`.
 Layers = list[jax.Array] | jax.Array
-# With fewer rows XLA's CPU backend takes products whose sums run in another order, and a row's bits would depend on how
-# many others there are; from so many on they do not (docs/performance.md). Other devices multiply 64 rows as fast as 1.
-_FEWEST_ROWS = 64
 
 
 class CrossAttention(NamedTuple):
@@ -92,9 +89,7 @@ def pack_weights(params: Params, config: t5.T5Config) -> Weights:
 
 def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x` `[slots, in]` by a kernel of `pack_weights`: `[slots, count, out]`, in `x`'s type."""
-    rows = len(x)
-    x = jnp.pad(x, ((0, max(_FEWEST_ROWS - rows, 0)), (0, 0)))
-    return jnp.einsum("si,ico->sco", x, kernel)[:rows]
+    return jnp.einsum("si,ico->sco", x, kernel)
 
 
 def cross_attention(params: Params, config: t5.T5Config, *, encoded: jax.Array) -> CrossAttention:

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rest_jax.errors import UserError
 from rest_jax.models import t5
+from rest_jax.partitioning import BATCH_AXES
 from rest_jax.sampling import cache as cache_lib
 from rest_jax.sampling.engine import Layout
 
@@ -21,11 +23,14 @@ _FULL_RATE_SLOTS = 256
 _FULL_RATE_SLOTS_ELSEWHERE = 2048
 _CPU_STEP_FLOPS, _CPU_MOST_SLOTS = 4e9, 1024
 _SLOTS_PER_GROUP = 64
-_FEWEST_SLOTS = 8
+# With fewer rows XLA's CPU backend takes other programs, whose sums run in another order, and a sample's bits would
+# depend on how many others there are; from so many on they do not (docs/performance.md). Some may have nothing to do.
+_FEWEST_SLOTS = {"cpu": 64}
+_FEWEST_SLOTS_ELSEWHERE = 2
 # Slots per group to which the loop goes down at the end, as shares of those at first, and how few slots are worth it.
 # Each is a loop more to compile.
 _SHRUNK = (1 / 2,)
-_SHRUNK_FEWEST_SLOTS = 64
+_SHRUNK_FEWEST_SLOTS = 64  # no fewer than _FEWEST_SLOTS
 # Of the logits: themselves, what is drawn from, and what the compiler keeps beside them.
 _LOGITS_COPIES = 3
 
@@ -57,15 +62,19 @@ class Plan:
         )
 
 
-def choose_layout(*, batch: int, num_samples: int, slots: int) -> Layout:
-    """At most about `slots` slots for N samples of each of `batch` sources."""
+def choose_layout(*, batch: int, num_samples: int, slots: int, platform: str = "cpu") -> Layout:
+    """About `slots` slots for N samples of each of `batch` sources, or fewer where there is less to draw.
+
+    On a device of `platform`; a CPU never has fewer than 64.
+    """
     slots = min(slots, batch * num_samples)
+    fewest = _FEWEST_SLOTS.get(platform, _FEWEST_SLOTS_ELSEWHERE)
     # A group's slots are the rows of its attention's products; with 2 N it seldom waits for a source's last sample.
     per_group = max(2, min(2 * num_samples, _SLOTS_PER_GROUP, slots))
     groups = min(batch, math.ceil(slots / per_group))
-    per_group = max(2, math.ceil(slots / groups))
+    per_group = max(2, math.ceil(max(slots, fewest) / groups))
     # One more than the slots need, so that they go on with it while the last samples of the others end.
-    places = math.ceil(per_group / num_samples) + (num_samples > 1)
+    places = math.ceil(slots / groups / num_samples) + (num_samples > 1)
     shrunk = (round(share * per_group) for share in _SHRUNK)
     return Layout(
         groups=groups,
@@ -85,28 +94,28 @@ def plan(
     slots: int | None = None,
     beam_size: int = 0,
     cache_dtype: str | None = None,
-    model_parallel: int = 1,
-    device: Any = None,
+    mesh: Mesh | None = None,
     budget: int | None = None,
 ) -> Plan:
-    """The layout of one data shard.
+    """The layout of each data shard.
 
     Args:
       config: the network's shape.
-      batch: sources of the shard's chunk.
+      batch: sources of a chunk, over all shards.
       num_samples: N.
       source_length, max_length: tokens of a source, and most tokens of a sample.
       slots: how many; None for as many as are of use and fit.
       beam_size: of beam search, whose hypotheses all have a slot; 0 for samples.
       cache_dtype: of the self-attention cache; None for the activations'.
-      model_parallel: devices that share the shard.
-      device: one of them; None for the first.
+      mesh: of the shards; None for the first device alone.
       budget: bytes on each; None for what the device has (`device_bytes`).
 
     Raises:
       UserError: not even the fewest slots fit; names the numbers.
     """
-    device = jax.devices()[0] if device is None else device
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    batch //= shards
     budget = device_bytes(device) if budget is None else budget
     useful = _useful_slots(config, platform=device.platform)
 
@@ -119,16 +128,17 @@ def plan(
             source_length=source_length,
             max_length=max_length,
             cache_dtype=cache_dtype or config.dtype,
-            model_parallel=model_parallel,
+            model_parallel=1 if mesh is None else mesh.shape["model"],
         )
         return Plan(layout=layout, parts=parts, budget=budget)
 
     if beam_size:
         layouts = [Layout(groups=batch, slots_per_group=beam_size, places=1)]
     else:
-        halvings = range((useful // _FEWEST_SLOTS).bit_length())
+        fewest = _FEWEST_SLOTS.get(device.platform, _FEWEST_SLOTS_ELSEWHERE)
+        halvings = range((useful // fewest).bit_length())
         layouts = [
-            choose_layout(batch=batch, num_samples=num_samples, slots=count)
+            choose_layout(batch=batch, num_samples=num_samples, slots=count, platform=device.platform)
             for count in ([useful >> number for number in halvings] if slots is None else [slots])
         ]
     for candidate in map(planned, layouts):

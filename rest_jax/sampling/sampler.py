@@ -1,7 +1,6 @@
 """N translations per source: the encoder, then the slot loop or beam search on each data shard."""
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,18 +102,16 @@ def decode(
             prefix_tokens=prefix_tokens,
         )
     config = model.module.config
-    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     plan = memory.plan(
         config,
-        batch=encoder_input_tokens.shape[0] // shards,
+        batch=encoder_input_tokens.shape[0],
         num_samples=num_samples,
         source_length=encoder_input_tokens.shape[1],
         max_length=max_length,
         slots=slots,
         beam_size=beam_size,
         cache_dtype=cache_dtype,
-        model_parallel=1 if mesh is None else mesh.shape["model"],
-        device=None if mesh is None else mesh.devices.flat[0],
+        mesh=mesh,
     )
     _log.info("sampling: %s", plan)
     encoded = model.module.apply(

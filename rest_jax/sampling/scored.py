@@ -35,7 +35,8 @@ class Sampling:
       beam_size: 0 samples; otherwise beam search of this size, whose N best hypotheses take the samples' place.
       beam_alpha: the beam's length penalty.
       length_multiple: source lengths are padded to multiples of this; each is one compilation.
-      slots: samples that a device decodes at a time; None for as many as are of use and fit. Changes no sample.
+      slots: samples that a device decodes at a time; None for as many as are of use and fit. Changes no
+        sample. A CPU never has fewer than 64.
       cache_dtype: type of self-attention's keys and values, one of `cache.CACHE_TYPES`: 'bfloat16' halves what each
         position reads of them, 'int8' halves it again; None for the activations'.
     """
