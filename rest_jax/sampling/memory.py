@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,9 +28,12 @@ _SLOTS_PER_GROUP = 64
 # depend on how many others there are; from so many on they do not (docs/performance.md). Some may have nothing to do.
 _FEWEST_SLOTS = {"cpu": 64}
 _FEWEST_SLOTS_ELSEWHERE = 2
-# Slots per group to which the loop goes down at the end, as shares of those at first, and how few slots are worth it.
-# Each is a loop more to compile.
-_SHRUNK = (1 / 2,)
+# Slots per group to which the loop goes down at the end, as shares of those at first, and how few slots are worth it. A
+# CPU's step takes as long as it has slots; other devices' take nearly as long with few. Each is a loop more to compile,
+# which a small model's run does not earn back.
+_SHRUNK = {"cpu": (3 / 4, 1 / 2, 3 / 8, 1 / 4)}
+_SHRUNK_ELSEWHERE = (1 / 2, 1 / 4)
+_SHRUNK_SMALL = (1 / 2,)
 _SHRUNK_FEWEST_SLOTS = 64  # no fewer than _FEWEST_SLOTS
 # Of the logits: themselves, what is drawn from, and what the compiler keeps beside them.
 _LOGITS_COPIES = 3
@@ -62,10 +66,12 @@ class Plan:
         )
 
 
-def choose_layout(*, batch: int, num_samples: int, slots: int, platform: str = "cpu") -> Layout:
+def choose_layout(
+    *, batch: int, num_samples: int, slots: int, platform: str = "cpu", shares: Sequence[float] = _SHRUNK_SMALL
+) -> Layout:
     """About `slots` slots for N samples of each of `batch` sources, or fewer where there is less to draw.
 
-    On a device of `platform`; a CPU never has fewer than 64.
+    On a device of `platform`; a CPU never has fewer than 64. `shares` of the slots are what the loop goes down to.
     """
     slots = min(slots, batch * num_samples)
     fewest = _FEWEST_SLOTS.get(platform, _FEWEST_SLOTS_ELSEWHERE)
@@ -75,7 +81,7 @@ def choose_layout(*, batch: int, num_samples: int, slots: int, platform: str = "
     per_group = max(2, math.ceil(max(slots, fewest) / groups))
     # One more than the slots need, so that they go on with it while the last samples of the others end.
     places = math.ceil(slots / groups / num_samples) + (num_samples > 1)
-    shrunk = (round(share * per_group) for share in _SHRUNK)
+    shrunk = (round(share * per_group) for share in shares)
     return Layout(
         groups=groups,
         slots_per_group=per_group,
@@ -118,6 +124,8 @@ def plan(
     batch //= shards
     budget = device_bytes(device) if budget is None else budget
     useful = _useful_slots(config, platform=device.platform)
+    is_small = device.platform == "cpu" and useful > _FULL_RATE_SLOTS
+    shares = _SHRUNK_SMALL if is_small else _SHRUNK.get(device.platform, _SHRUNK_ELSEWHERE)
 
     def planned(layout: Layout) -> Plan:
         parts = _bytes(
@@ -138,7 +146,7 @@ def plan(
         fewest = _FEWEST_SLOTS.get(device.platform, _FEWEST_SLOTS_ELSEWHERE)
         halvings = range((useful // fewest).bit_length())
         layouts = [
-            choose_layout(batch=batch, num_samples=num_samples, slots=count, platform=device.platform)
+            choose_layout(batch=batch, num_samples=num_samples, slots=count, platform=device.platform, shares=shares)
             for count in ([useful >> number for number in halvings] if slots is None else [slots])
         ]
     for candidate in map(planned, layouts):
