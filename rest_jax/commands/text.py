@@ -47,6 +47,7 @@ def _add_translate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--top_p", type=float, default=1.0, help="of --num_samples (default 1: all)")
     sub.add_argument("--seed", type=int, default=0, help="of --num_samples")
     sub.add_argument("--prefix", default="", help="put before each line, if the policy's task does so")
+    sub.add_argument("--target_prefix", default="", help="that translations start with, e.g. a language's tag")
     sub.add_argument("--sources_per_chunk", type=int, default=64, help="lines translated together (default 64)")
 
 
@@ -78,6 +79,7 @@ def _translate(options: Any) -> None:
         temperature=options.temperature,
         top_p=options.top_p,
         sources_per_chunk=options.sources_per_chunk,
+        target_prefix=options.target_prefix,
     )
     translator = translate.open_translator(
         config.build(ReST),
