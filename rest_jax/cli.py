@@ -99,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
             "filter", _filter, "Tell what a filter would keep of a Grow step's store. Needs no model and no TensorFlow."
         )
     )
+    sub = add("rescore", _rescore, "Give a Grow step's store another reward, without drawing: a new store.")
+    _add_gin_options(sub)
+    sub.add_argument("--store", required=True, help="directory of a finished Grow step, MODEL_DIR/grow_1")
+    sub.add_argument("--output", required=True, help="directory to write; must not exist")
+    sub.add_argument("--stored_only", action="store_true", help="of an added reward: leave out what Grow dropped")
     for name, command, text in (
         ("import", _import, "Import a checkpoint of T5X or Hugging Face. Its format is detected."),
         ("export", _export, "Export a checkpoint, such as MODEL_DIR/policy, to T5X or Hugging Face."),
@@ -427,18 +432,29 @@ def _infer(options: Any) -> None:
 def _filter(options: Any) -> None:
     # Rewards are compared on the host: an accelerator, and its memory, would be taken for nothing.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from rest_jax import filter_text, filters
+    from rest_jax import filter_text
     from rest_jax.data.store import ScoredStore
 
-    chosen: list[filters.Filter] = [filter_text.parse_filter(text) for text in options.filter]
-    chosen += [filters.Threshold(tau) for tau in options.threshold]
-    chosen += [filters.Percentile(p) for p in options.percentile]
-    chosen += [filters.Interpolation(gamma) for gamma in options.interpolation]
-    chosen += [filters.TopK(k) for k in options.top_k]
-    if options.cap is not None:
-        chosen = [filters.Cap(keep, options.cap) for keep in chosen or [filters.Threshold(0.0)]]
+    chosen = filter_text.chosen_filters(
+        options.filter,
+        threshold=options.threshold,
+        percentile=options.percentile,
+        interpolation=options.interpolation,
+        top_k=options.top_k,
+        cap=options.cap,
+    )
     store = ScoredStore.open(options.store)
     print(filter_text.format_rows(filter_text.report_rows(store, chosen, stored_only=options.stored_only)))
+
+
+def _rescore(options: Any) -> None:
+    from rest_jax import config, rescore
+    from rest_jax.data.store import ScoredStore
+    from rest_jax.rest import ReST
+
+    _load_config(options)
+    rest, store = config.build(ReST), ScoredStore.open(options.store)
+    print(rescore.rescore(rest, store=store, output=options.output, stored_only=options.stored_only))
 
 
 def _import(options: Any) -> None:
