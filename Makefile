@@ -1,4 +1,4 @@
-# make smoke   ReST on the parallel text in the repository: a table, a report, under ten minutes after the installation
+# make smoke   ReST on the parallel text in the repository: a table, a report, about seven minutes after the installation
 # make test    all tests, the slow ones too
 # make lint    formatting, lint, types
 # Each makes .venv first (Python 3.11 or newer and a network are all it needs); a second run uses it again.

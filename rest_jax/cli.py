@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the configuration or the data is at fault; 42 preempted af
 import argparse
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # --gin.NAME=value is no fixed option, so it is taken out before argparse sees it.
+    # T5X's two ways to write one.
+    arguments = [re.sub(r"^--gin_bindings=", GIN_PREFIX, argument) for argument in arguments]
     bindings = [argument.removeprefix(GIN_PREFIX) for argument in arguments if argument.startswith(GIN_PREFIX)]
     rest = [argument for argument in arguments if not argument.startswith(GIN_PREFIX)]
     try:
@@ -142,6 +145,7 @@ def _add_gin_options(sub: argparse.ArgumentParser) -> None:
         "--gin_search_paths", action="append", default=[], help="further folders for gin files, with commas between"
     )
     sub.add_argument("--model_dir", help="short for --gin.MODEL_DIR, without quotes inside quotes")
+    sub.add_argument("--tfds_data_dir", help="where TFDS keeps its data sets; without it, $TFDS_DATA_DIR")
 
 
 def _add_translate_options(sub: argparse.ArgumentParser) -> None:
@@ -352,6 +356,8 @@ def _load_config(options: Any, *, fallbacks: dict[str, str] | None = None, also:
 
     from rest_jax import config, run_files
 
+    if options.tfds_data_dir is not None:
+        os.environ["TFDS_DATA_DIR"] = options.tfds_data_dir  # read by TFDS when it is imported
     files = list(options.gin_file)
     if not files and options.model_dir is not None:
         given = Path(options.model_dir) / run_files.CONFIG
@@ -379,8 +385,9 @@ def _translate(options: Any) -> None:
         raise UserError("--checkpoint and --policy exclude each other: --policy names a phase of --model_dir.")
     if options.checkpoint is None and options.model_dir is None:
         raise UserError("translate needs --checkpoint PATH, or --model_dir DIR of a run.")
-    if not options.gin_file and options.model_dir is None:
-        options.gin_file = run_files.config_files(options.checkpoint)
+    if options.model_dir is None:
+        own = options.gin_file or [str(run_files.find_config(options.checkpoint))]
+        options.gin_file = [run_files.TRANSLATE, *own]
     _load_config(options, fallbacks={"MODEL_DIR": "''"})
     sampling = translate.make_sampling(
         num_samples=options.num_samples,

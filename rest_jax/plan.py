@@ -6,7 +6,9 @@ from typing import Any
 import jax
 
 from rest_jax import training as training_lib
+from rest_jax.models.encoder_decoder import EncoderDecoderModel
 from rest_jax.rest import Runner
+from rest_jax.sampling import memory
 
 MIB = 2**20
 
@@ -29,6 +31,20 @@ def describe(runner: Runner) -> str:
             f"memory      {name}: parameters {params[0] / MIB:.1f} MiB, optimiser state {optimizer[0] / MIB:.1f} MiB; "
             f"on each device {(params[1] + optimizer[1]) / MIB:.1f} MiB"
         )
+    if isinstance(config.model, EncoderDecoderModel):
+        for name, sampling in (("grow", config.growing.sampling), ("evaluate", config.evaluation.sampling)):
+            plan = memory.plan(
+                config.model.module.config,
+                batch=sampling.sources_per_chunk,
+                num_samples=sampling.num_samples,
+                source_length=config.data.lengths["inputs"],
+                max_length=config.data.lengths["targets"],
+                slots=sampling.slots,
+                beam_size=sampling.beam_size,
+                cache_dtype=sampling.cache_dtype,
+                mesh=config.partitioner.mesh,
+            )
+            lines.append(f"sampling    {name}: {plan}")
     done = [phase for phase in runner.phases if runner.result(phase.name) is not None]
     lines.append(f"phases      {len(runner.phases)}, of which {len(done)} are finished")
     lines += [

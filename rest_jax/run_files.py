@@ -78,17 +78,6 @@ def find_config(path: str) -> Path:
     return found
 
 
-def config_files(path: str) -> list[str]:
-    """Gin files that translate a checkpoint: its run's config.gin; for an imported one, with stand-ins for a run.
-
-    Raises:
-      UserError: see `find_config`.
-    """
-    found = find_config(path)
-    is_run = "rest.ReST" in found.read_text(encoding="utf-8")
-    return [str(found)] if is_run else [TRANSLATE, str(found)]
-
-
 def _nearest(path: Path, name: str) -> Path | None:
     """The file `name` in `path` or up to four folders above: MODEL_DIR/grow_1/improve_2/checkpoint_100/state."""
     folders = [path.absolute(), *path.absolute().parents][:5]

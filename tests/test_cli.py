@@ -161,6 +161,16 @@ def test_other_mesh_or_cache_is_the_same_configuration(finished: Path, folder: P
     assert cli.main(["run", *arguments, "--gin.MODEL_PARALLEL=2", f"--gin.CACHE_DIR='{tmp_path}'"]) == 0
 
 
+def test_t5xs_other_ways_to_say_it(
+    finished: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", "/elsewhere")
+    arguments = [f"--gin_file={folder / 'run.gin'}", f"--model_dir={finished}", f"--tfds_data_dir={tmp_path}"]
+    assert cli.main(["run", *arguments, "--dry_run", "--gin_bindings=NUM_SAMPLES=8"]) == 2
+    assert "+ NUM_SAMPLES = 8" in capsys.readouterr().err
+    assert os.environ["TFDS_DATA_DIR"] == str(tmp_path)
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,8 +78,7 @@ def import_checkpoint(source: str, dest: Path, *, model: Model | None = None) ->
         orbax_files.write_tensors(partial / formats.STATE_ITEM, leaves, step=checkpoint.step)
         if checkpoint.config_json is not None:
             _write_json(partial / hugging_face.CONFIG, checkpoint.config_json)
-        hugging_face.write_vocabulary(partial, vocabulary)
-        hugging_face.copy_companions(checkpoint.directory, partial)
+        _write_tokenizer(partial, vocabulary, source=checkpoint.directory, vocab_size=config.vocab_size or 0)
         if vocabulary is not None:
             facts = {"imported_from": str(checkpoint.directory.absolute()), "vocabulary_sha256": vocabulary.sha256}
             _write_json(partial / RUN, facts)
@@ -134,10 +133,17 @@ def export_checkpoint(
             eos_id=None if vocabulary is None else vocabulary.eos_id,
             base=checkpoint.config_json or hugging_face.read_config(checkpoint.directory),
         )
-        hugging_face.write_vocabulary(partial, vocabulary)
-        hugging_face.copy_companions(checkpoint.directory, partial)
+        _write_tokenizer(partial, vocabulary, source=checkpoint.directory, vocab_size=config.vocab_size or 0)
         hugging_face.write_weights(partial, tensors.unstacked(leaves), config=config, max_shard_bytes=max_shard_bytes)
     return _num_parameters(leaves)
+
+
+def _write_tokenizer(directory: Path, vocabulary: Vocabulary | None, *, source: Path, vocab_size: int) -> None:
+    """The tokenizer's files: the source's own as they are, unless `vocabulary` is another."""
+    own = hugging_face.open_vocabulary(source, vocab_size=vocab_size)
+    hugging_face.write_vocabulary(directory, vocabulary)
+    if vocabulary is None or own is None or own.sha256 == vocabulary.sha256:
+        hugging_face.copy_companions(source, directory)
 
 
 def _num_parameters(leaves: tensors.Tensors) -> int:
@@ -184,12 +190,17 @@ def _new_directory(dest: Path) -> Iterator[Path]:
     """A directory that becomes `dest` when all went well, and disappears otherwise."""
     _check_absent(dest)
     partial = dest.with_name(f"{dest.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"DEST: {str(partial)!r} cannot be made: {error}. Give a folder that can be written. If it is there, "
+            "another import or export is writing it, or was killed; then remove it."
+        ) from error
+    try:
         yield partial
         partial.rename(dest)
     except OSError as error:
-        raise UserError(f"DEST: {str(dest)!r} cannot be written: {error}. Give a folder with room for it.") from error
+        raise UserError(f"DEST: {str(dest)!r} was not written: {error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

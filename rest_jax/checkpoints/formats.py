@@ -76,14 +76,24 @@ def find_checkpoint(path: str, *, field: str = "INITIAL_CHECKPOINT_PATH") -> Pat
 
 
 def detect(directory: Path) -> Format | None:
-    """The format of what lies in a directory; None if it is no checkpoint."""
+    """The format of what lies in a directory; None if it is no checkpoint.
+
+    Raises:
+      UserError: there are two.
+    """
+    own: Format | None = None
     if t5x_legacy.weights_folder(directory) is not None:
-        return "t5x"
-    if (directory / STATE_ITEM).is_dir():
-        return "orbax"
-    if (directory / hugging_face.CONFIG).is_file() and any(directory.glob("*.safetensors")):
-        return "hugging_face"
-    return None
+        own = "t5x"
+    elif (directory / STATE_ITEM).is_dir():
+        own = "orbax"
+    if not ((directory / hugging_face.CONFIG).is_file() and any(directory.glob("*.safetensors"))):
+        return own
+    if own is not None:
+        raise UserError(
+            f"{str(directory)!r} holds two checkpoints, one of the format {own} and one of hugging_face. Move one of "
+            "them into a folder of its own."
+        )
+    return "hugging_face"
 
 
 def open_checkpoint(path: str, *, field: str = "INITIAL_CHECKPOINT_PATH") -> Checkpoint:

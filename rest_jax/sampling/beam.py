@@ -52,7 +52,7 @@ def beam_decode(
     hypotheses than `num_best`, the places left are empty, at a log-probability of -1e30.
 
     Args:
-      weights: of `decoder.pack_weights` for `batch * beam_size` slots.
+      weights: of `decoder.pack_weights`.
       config: the network's shape.
       sources: what is translated; their keys are not used.
       beam_size: hypotheses kept per source.

@@ -7,6 +7,7 @@ some slot has reached; a later column's weight is exactly zero, so that reading 
 `[slots, H, C, K]` each: a position is written with one scatter, in place, whose pieces are contiguous.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 CACHE_TYPES = ("float32", "bfloat16", "float16", "int8")
 # More blocks follow the filled part more closely, each for a write per layer and position.
 _MAX_BLOCKS = 4
-_BLOCK_MULTIPLE = 32
+_BLOCK_MULTIPLE = 16
 _INT8_MAX = 127.0
 
 
@@ -37,7 +38,7 @@ Cache = list[KeysValues] | KeysValues
 
 
 def block_length(max_length: int) -> int:
-    """Columns of a block, C: the fewest whole multiples of 32 that make at most four blocks."""
+    """Columns of a block, C: the fewest whole multiples of 16 that make at most four blocks."""
     return _BLOCK_MULTIPLE * math.ceil(max_length / (_BLOCK_MULTIPLE * _MAX_BLOCKS))
 
 
@@ -64,7 +65,9 @@ def empty(*, layers: int, scanned: bool, slots: int, heads: int, head_dim: int, 
     return [KeysValues(blocks(), blocks()) for _ in range(layers)]
 
 
-def write(cache: KeysValues, key: jax.Array, value: jax.Array, *, positions: jax.Array, layer: jax.Array | None = None):
+def write(
+    cache: KeysValues, key: jax.Array, value: jax.Array, *, positions: jax.Array, layer: jax.Array | None = None
+) -> KeysValues:
     """The cache of one layer, or of all with `layer`, with key and value `[slots, H, K]` at `positions` `[slots]`."""
     return KeysValues(
         _write(cache.keys, key, positions=positions, layer=layer),
@@ -109,10 +112,9 @@ def attend(query: jax.Array, cache: KeysValues, *, bias: jax.Array, filled: jax.
     def first(blocks: int, query: jax.Array, keys: Blocks, values: Blocks, bias: jax.Array) -> jax.Array:
         scores = jnp.concatenate([_scores(query, keys, number) for number in range(blocks)], axis=-1)
         weights = jax.nn.softmax(scores + bias[..., : blocks * size], axis=-1)
-        return sum(
-            _context(weights[..., number * size : (number + 1) * size], values, number, dtype=query.dtype)
-            for number in range(blocks)
-        )
+        parts = jnp.split(weights, blocks, axis=-1)
+        context = [_context(part, values, number, dtype=query.dtype) for number, part in enumerate(parts)]
+        return functools.reduce(jnp.add, context)
 
     branches = [lambda *operands, blocks=blocks: first(blocks, *operands) for blocks in range(1, count + 1)]
     return jax.lax.switch((filled - 1) // size, branches, query, keys, values, bias)

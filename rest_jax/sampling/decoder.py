@@ -8,6 +8,7 @@ Layers stand in the program one after another or, on the tree of `scan_layers`, 
 what is kept per layer is one array with a layer axis in front.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -25,9 +26,6 @@ Params = Mapping[str, Any]
 Weights = dict[str, Any]
 # One array per layer, or with `scan_layers` one of all: `[num_layers, ...]`.
 Layers = list[jax.Array] | jax.Array
-# Below so many rows XLA's CPU backend splits the sums of `x @ w`, and a row's bits depend on how many others there are;
-# `w.T @ x.T` has the bits of large products whatever the number of rows (docs/performance.md).
-_FEW_ROWS = 64
 
 
 class CrossAttention(NamedTuple):
@@ -37,18 +35,17 @@ class CrossAttention(NamedTuple):
     values: Layers  # [groups, H, source_columns, K]
 
 
-def pack_weights(params: Params, config: t5.T5Config, *, slots: int) -> Weights:
+def pack_weights(params: Params, config: t5.T5Config) -> Weights:
     """The tree as the loop reads it, made once rather than at every position.
 
-    Kernels in the activations' type, those that are applied to the same input side by side, and all with the axis first
-    that `_project` sums over fastest for this number of slots; what is used in float32 as it is.
+    Kernels `[in, count, out]` in the activations' type, those that are applied to the same input side by side; what is
+    used in float32 as it is.
     """
     decoder = params["decoder"]
     axis = 1 if config.scan_layers else 0  # of a kernel's inputs
 
-    def kernel(*kernels: jax.Array) -> jax.Array:  # [in, out] each -> [in, count, out]
-        stacked = jnp.stack([k.astype(config.dtype) for k in kernels], axis=axis + 1)
-        return _for_rows(stacked, slots, axis=axis)
+    def kernel(*kernels: jax.Array) -> jax.Array:  # [in, out] each
+        return jnp.stack([k.astype(config.dtype) for k in kernels], axis=axis + 1)
 
     def block(tree: Params) -> Weights:
         cross, mlp, own = tree["encoder_decoder_attention"], tree["mlp"], tree["self_attention"]
@@ -83,21 +80,15 @@ def pack_weights(params: Params, config: t5.T5Config, *, slots: int) -> Weights:
         "embedding": embedding,
         "layers": layers,
         "norm": decoder["decoder_norm"]["scale"],
-        "logits": _for_rows(logits[:, None], slots, axis=0),
+        "logits": logits[:, None],
     }
     if not config.relative_bias_per_layer:
         weights["bias"] = decoder["relpos_bias"]["rel_embedding"]
     return weights
 
 
-def _for_rows(kernel: jax.Array, rows: int, *, axis: int) -> jax.Array:
-    return jnp.moveaxis(kernel, axis, -1) if rows < _FEW_ROWS else kernel
-
-
 def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x` `[slots, in]` by a kernel of `pack_weights`: `[slots, count, out]`, in `x`'s type."""
-    if len(x) < _FEW_ROWS:
-        return jnp.einsum("coi,si->cos", kernel, x).transpose(2, 0, 1)
     return jnp.einsum("si,ico->sco", x, kernel)
 
 
@@ -192,18 +183,19 @@ def decode_position(
         x = x + _project(context.reshape(len(x), -1), block["cross_out"])[:, 0]
 
         hidden = _project(_norm(x, block["mlp_norm"]), block["mlp_in"])  # [slots, count, mlp_dim]
-        gated = math.prod(t5.ACTIVATIONS[name](hidden[:, i]) for i, name in enumerate(config.mlp_activations))
-        return x + _project(gated, block["mlp_out"])[:, 0], cache
+        parts = [t5.ACTIVATIONS[name](hidden[:, number]) for number, name in enumerate(config.mlp_activations)]
+        return x + _project(functools.reduce(jnp.multiply, parts), block["mlp_out"])[:, 0], cache
 
     if config.scan_layers:
 
-        def scanned(carry: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], None]:
+        def scanned(carry: tuple[Any, Any], inputs: tuple[Any, ...]) -> tuple[tuple[Any, Any], None]:
             layer, block, keys, values = inputs
-            return run(block, *carry, keys, values, layer), None
+            return run(block, carry[0], carry[1], keys, values, layer), None
 
         layers = (jnp.arange(config.num_decoder_layers), weights["layers"], cross.keys, cross.values)
         (x, cache), _ = jax.lax.scan(scanned, (x, cache), layers)
     else:
+        assert isinstance(cache, list)  # empty_cache makes one for each layer
         written = []
         for block, own, keys, values in zip(weights["layers"], cache, cross.keys, cross.values, strict=True):
             x, own = run(block, x, own, keys, values, None)

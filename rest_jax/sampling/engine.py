@@ -94,7 +94,7 @@ def draw_all(
     """N samples of each source.
 
     Args:
-      weights: of `decoder.pack_weights` for the layout's slots.
+      weights: of `decoder.pack_weights`.
       config: the network's shape.
       sources: what is sampled.
       layout: slots, groups and places.

@@ -130,7 +130,7 @@ def draw(
         # Few tokens, and none of them may hide the legal ones by its size: summed by themselves.
         log_total = jnp.logaddexp(log_total, jax.nn.logsumexp(logits[:, np.flatnonzero(~legal)], axis=-1))
     if uniform is None:
-        token = _first(mask & (blocks == _wide(largest)))
+        token = _first(jnp.logical_and(blocks == _wide(largest), mask))
     else:
         if processing.temperature != 1 or processing.truncates:
             blocks = blocks / processing.temperature

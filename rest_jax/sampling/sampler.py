@@ -1,7 +1,6 @@
 """N translations per source: the encoder, then the slot loop or beam search on each data shard."""
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,18 +102,16 @@ def decode(
             prefix_tokens=prefix_tokens,
         )
     config = model.module.config
-    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     plan = memory.plan(
         config,
-        batch=encoder_input_tokens.shape[0] // shards,
+        batch=encoder_input_tokens.shape[0],
         num_samples=num_samples,
         source_length=encoder_input_tokens.shape[1],
         max_length=max_length,
         slots=slots,
         beam_size=beam_size,
         cache_dtype=cache_dtype,
-        model_parallel=1 if mesh is None else mesh.shape["model"],
-        device=None if mesh is None else mesh.devices.flat[0],
+        mesh=mesh,
     )
     _log.info("sampling: %s", plan)
     encoded = model.module.apply(
@@ -122,7 +119,7 @@ def decode(
     )
     vocabulary = model.output_vocabulary
     eos_id = eos_id_of(vocabulary)
-    common = {
+    common: dict[str, Any] = {
         "max_length": max_length,
         "vocab_size": config.vocab_size if vocabulary is None else vocabulary.vocab_size,
         "eos_id": eos_id,
@@ -149,7 +146,7 @@ def decode(
         return Samples.of(tokens, log_probs, eos_id=eos_id, slot_steps=spread(slot_steps, real))
 
     batch = encoder_input_tokens.shape[0]
-    weights = decoder.pack_weights(params, config, slots=plan.layout.slots)
+    weights = decoder.pack_weights(params, config)
     sources = Sources(
         cross=decoder.cross_attention(params, config, encoded=encoded),
         mask=encoder_input_tokens > 0,
@@ -160,11 +157,13 @@ def decode(
         return shard(weights, sources)
     # The loops are local to a shard: shards have nothing to tell each other, and none waits for another.
     rows = PartitionSpec(BATCH_AXES)
-    layers = PartitionSpec(None, BATCH_AXES) if config.scan_layers else rows
+    specs: Any = jax.tree.map(lambda _: rows, sources)
+    if config.scan_layers:  # the layers' axis comes first
+        specs = specs._replace(cross=jax.tree.map(lambda _: PartitionSpec(None, BATCH_AXES), sources.cross))
     return jax.shard_map(
         shard,
         mesh=mesh,
-        in_specs=(PartitionSpec(), Sources(cross=layers, mask=rows, keys=rows, prefix=rows)),
+        in_specs=(PartitionSpec(), specs),
         out_specs=rows,
         axis_names=set(BATCH_AXES),
         check_vma=False,

@@ -35,7 +35,8 @@ class Sampling:
       beam_size: 0 samples; otherwise beam search of this size, whose N best hypotheses take the samples' place.
       beam_alpha: the beam's length penalty.
       length_multiple: source lengths are padded to multiples of this; each is one compilation.
-      slots: samples that a device decodes at a time; None for as many as are of use and fit. Changes no sample.
+      slots: samples that a device decodes at a time; None for as many as are of use and fit. Changes no
+        sample. A CPU never has fewer than 64.
       cache_dtype: type of self-attention's keys and values, one of `cache.CACHE_TYPES`: 'bfloat16' halves what each
         position reads of them, 'int8' halves it again; None for the activations'.
     """
@@ -118,7 +119,7 @@ def sample_and_score(
       reward_params: the reward's.
       batch: `encoder_input_tokens [batch, source_length]`, `references [batch, target_length]`, `source_ids [batch]`;
         a row of padding is a filler; and `decoder_prefix_tokens` where samples start with given tokens (`decode`).
-      seed, stream: see `sampler.sample_keys`; the stream is the Grow step.
+      seed, stream: see `sampler.source_keys`; the stream is the Grow step.
       model, reward, sampling: what draws, what scores, and how many.
       max_length: most tokens of a sample.
       mesh: the mesh on which the batch lies; None for one device.

@@ -108,6 +108,51 @@ def test_an_imported_translation_model_translates_at_once(tmp_path, capsys):
         == 0
     )
     assert len(capsys.readouterr().out.splitlines()) == 2
+    # T5X's format names no vocabulary: a gin file does.
+    (tmp_path / "vocabulary.gin").write_text(
+        "from __gin__ import dynamic_registration\nfrom rest_jax.data import vocabulary\n"
+        "VOCABULARY = @vocabulary.SentencePieceVocabulary()\n"
+        f"vocabulary.SentencePieceVocabulary.sentencepiece_model_file = '{vocabulary.path}'\n"
+    )
+    assert run("export", tmp_path / "ours", tmp_path / "t5x", "--format", "t5x") == 0
+    assert run("import", tmp_path / "t5x", tmp_path / "back") == 0
+    files = [f"--gin_file={tmp_path}/{name}" for name in ("back/config.gin", "vocabulary.gin")]
+    options = [f"--checkpoint={tmp_path / 'back'}", "--sources_per_chunk=8", lengths, *files]
+    capsys.readouterr()
+    assert run("translate", tmp_path / "lines.txt", *options) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_folder_with_two_formats_is_refused(tmp_path, capsys):
+    assert run("import", FIXTURES / "t5_1_1", tmp_path / "a") == 0
+    assert run("export", tmp_path / "a", tmp_path / "both", "--format", "t5x") == 0
+    shutil.copytree(FIXTURES / "t5_1_1", tmp_path / "both", dirs_exist_ok=True)
+    assert run("import", tmp_path / "both", tmp_path / "b") == cli.EXIT_USER
+    assert "both' holds two checkpoints, one of the format t5x and one of hugging_face" in capsys.readouterr().err
+
+
+def test_a_given_vocabulary_takes_the_place_of_the_sources(tmp_path):
+    sizes = {"emb_dim": 12, "num_heads": 2, "head_dim": 4, "mlp_dim": 8}
+    network = t5.T5Config(vocab_size=384, num_encoder_layers=1, num_decoder_layers=1, **sizes)
+    leaves = {name: tensors.of_array(np.ones(shape)) for name, shape in model_config.expected_shapes(network).items()}
+    (tmp_path / "theirs").mkdir()
+    hugging_face.write_weights(tmp_path / "theirs", leaves, config=network)
+    hugging_face.write_config(tmp_path / "theirs", config=network, dtype="float64", eos_id=None)
+    own = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125, "model_max_length": 77}
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps(own))
+    assert run("import", tmp_path / "theirs", tmp_path / "a") == 0
+    assert json.loads((tmp_path / "a" / "tokenizer_config.json").read_text()) == own
+    text = (tmp_path / "a" / "config.gin").read_text()
+    (tmp_path / "model.gin").write_text(text.replace("extra_ids = 125", "extra_ids = 7"))
+    assert run("import", tmp_path / "theirs", tmp_path / "b", f"--gin_file={tmp_path / 'model.gin'}") == 0
+    assert json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())["extra_ids"] == 7
+
+
+def test_what_lies_where_an_import_writes_is_not_removed(tmp_path, capsys):
+    (tmp_path / "dest.tmp").mkdir()
+    assert run("import", FIXTURES / "t5_1_1", tmp_path / "dest") == cli.EXIT_USER
+    assert "dest.tmp' cannot be made" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["dest.tmp"]
 
 
 def test_gin_files_give_the_model_that_tensors_cannot_show(tmp_path):

@@ -30,7 +30,7 @@ def step_by_step(tiny, sources, inputs, *, cache_dtype=None):
     def run(params, inputs):
         encoded = module.apply({"params": params}, sources, enable_dropout=False, method=module.encode)
         cross = decoder.cross_attention(params, config, encoded=encoded)
-        weights = decoder.pack_weights(params, config, slots=slots)
+        weights = decoder.pack_weights(params, config)
         cache = decoder.empty_cache(config, max_length=length, slots=slots, dtype=cache_dtype)
         # Slot i starts i steps late, so that slots stand at different positions.
         late = jnp.arange(slots)
@@ -160,8 +160,8 @@ def shapes_in(jaxpr):
 
 
 # Sizes such that keys or values repeated per sample, BATCH * SAMPLES * SOURCE * heads * head_dim elements, are larger
-# than any array that decoding needs, the encoder's attention included.
-BATCH, SAMPLES, SOURCE, TARGET = 2, 7, 37, 5
+# than any array that decoding needs, the cache of 64 slots and the encoder's attention included.
+BATCH, SAMPLES, SOURCE, TARGET = 2, 33, 37, 5
 REPEATED = BATCH * SAMPLES * SOURCE * 2 * 8
 
 

@@ -1,6 +1,5 @@
 """Our engine alone, as what is asked of it grows."""
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -13,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rest_jax.models import t5
 from rest_jax.models.encoder_decoder import EncoderDecoderModel
 from rest_jax.models.initial_params import initial_params
 from rest_jax.sampling import LogitProcessing, Sampling
@@ -68,7 +66,7 @@ def memory(setting: Setting, model: EncoderDecoderModel) -> dict[str, Any]:
     keys and values, and the mask. What keys and values need, once and tiled N times, stands beside it.
     """
     config = model.module.config
-    length = _unmistakable_length(setting, config)
+    length = _unmistakable_length(setting)
     width = config.num_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
     once = 2 * config.num_decoder_layers * width * setting.sources * length
     rows = []
@@ -96,11 +94,11 @@ def memory(setting: Setting, model: EncoderDecoderModel) -> dict[str, Any]:
 
 
 def loop_bytes(compiled: str, *, length: int) -> int:
-    """Bytes of the arrays with a dimension of `length` in the loop that holds most of them.
+    """Bytes of the arrays with a dimension of `length`, or of some lengths side by side, in the loop that holds most.
 
     Args:
       compiled: text of a compiled program (HLO).
-      length: no other dimension of the program.
+      length: that no other dimension of the program is a multiple of.
 
     Raises:
       ValueError: there are none, so that this finds nothing out.
@@ -114,7 +112,7 @@ def loop_bytes(compiled: str, *, length: int) -> int:
             sizes = [
                 int(re.sub(r"\D", "", name)) // 8 * math.prod(map(int, dims))
                 for name, dims in arrays
-                if str(length) in dims
+                if any(int(size) % length == 0 for size in dims)
             ]
             most = max(most, sum(sizes))
     if not most:
@@ -122,12 +120,10 @@ def loop_bytes(compiled: str, *, length: int) -> int:
     return most
 
 
-def _unmistakable_length(setting: Setting, config: t5.T5Config) -> int:
-    """The next multiple of 32 to the source's length that is no other dimension."""
-    numbers = [n for n in dataclasses.asdict(config).values() if isinstance(n, int)]
-    numbers += [setting.sources, setting.target_length, *SAMPLES_PER_SOURCE]
-    taken = {a * b for a in (1, *numbers) for b in (1, *numbers)}
-    return next(n for n in itertools.count(-(-setting.source_length // 32) * 32, 32) if n not in taken)
+def _unmistakable_length(setting: Setting) -> int:
+    """The next prime to the source's length: sizes of models and numbers of slots are no multiples of it."""
+    at_least = max(setting.source_length, 64)
+    return next(n for n in itertools.count(at_least) if all(n % d for d in range(2, math.isqrt(n) + 1)))
 
 
 def compile_time(setting: Setting, model: EncoderDecoderModel) -> dict[str, Any]:
