@@ -36,7 +36,7 @@ def score(reward, *, source: str, reference: str, sample: str) -> dict[str, floa
     }
 
 
-@pytest.mark.parametrize(("text", "names"), zip(EXAMPLES, NAMES, strict=True), ids=["combine", "guard", "own"])
+@pytest.mark.parametrize(("text", "names"), list(zip(EXAMPLES, NAMES, strict=True)), ids=["combine", "guard", "own"])
 def test_examples_run(tmp_path, monkeypatch, text, names):
     (tmp_path / "my_rewards.py").write_text(OWN_REWARD)
     (tmp_path / "mine.gin").write_text(text)
