@@ -42,6 +42,8 @@ setup(
         "orbax-checkpoint>=0.11.33",
         "pyarrow>=21",
         "sacrebleu>=2.6",
+        # Rank correlations, with ties, in n log n. JAX needs it too, from this version on.
+        "scipy>=1.14",
         "sentencepiece>=0.2.1",
         "tensorboardX>=2.6.4",
         "tensorstore>=0.1.78",

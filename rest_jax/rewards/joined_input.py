@@ -1,0 +1,91 @@
+"""The input of a learned reward: source, sample and reference between constant pieces, as token ids.
+
+A template such as MetricX-24's `source: {source} candidate: {sample}` is cut into constants and fields. Constants are
+encoded by themselves, so that one joins ids, on the host for training and in the graph for scoring, and both see the
+same. No field has its EOS; the input ends without one, as MetricX's does.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from rest_jax.errors import UserError
+
+FIELDS = ("source", "sample", "reference")
+WITHOUT_REFERENCE = "source: {source} candidate: {sample}"
+WITH_REFERENCE = "source: {source} candidate: {sample} reference: {reference}"
+
+
+class Encoder(Protocol):
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinedInput:
+    """Constants around fields: constants[0], fields[0], constants[1], ... constants[-1].
+
+    Attributes:
+      constants: token ids, one tuple more than there are fields; any may be empty.
+      fields: names, of FIELDS, in their order.
+    """
+
+    constants: tuple[tuple[int, ...], ...]
+    fields: tuple[str, ...]
+
+    @classmethod
+    def from_template(cls, template: str, vocabulary: Encoder) -> "JoinedInput":
+        """Cuts a template at its fields.
+
+        Raises:
+          UserError: a field that is unknown or stands there twice, or none for the sample.
+        """
+        parts = re.split(r"\{(\w*)\}", template)
+        fields = tuple(parts[1::2])
+        if set(fields) - set(FIELDS) or len(set(fields)) < len(fields) or "sample" not in fields:
+            raise UserError(
+                f"TEMPLATE is {template!r}; its fields may be {', '.join(f'{{{name}}}' for name in FIELDS)}, each "
+                f"once, and {{sample}} must be there: e.g. {WITHOUT_REFERENCE!r}."
+            )
+        return cls(constants=tuple(tuple(vocabulary.encode(text.strip())) for text in parts[::2]), fields=fields)
+
+    @property
+    def num_constant_tokens(self) -> int:
+        return sum(map(len, self.constants))
+
+    def join(self, texts: Mapping[str, Sequence[int] | npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
+        """Ids of one input from its fields' ids, none of which has padding or EOS."""
+        pieces: list[npt.ArrayLike] = [self.constants[0]]
+        for name, constant in zip(self.fields, self.constants[1:], strict=True):
+            pieces += [texts[name], constant]
+        return np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
+
+    def join_rows(self, texts: Mapping[str, jax.Array], *, eos_id: int) -> jax.Array:
+        """`join` of many in the graph.
+
+        Args:
+          texts: field -> int32 `[rows, length]`, padded with 0; a field ends before its EOS.
+          eos_id: the vocabulary's.
+
+        Returns:
+          int32 `[rows, constants + all fields' lengths]`, padded with 0.
+        """
+        rows = len(texts["sample"])
+        pieces = [_constant(self.constants[0], rows)]
+        for name, constant in zip(self.fields, self.constants[1:], strict=True):
+            tokens = texts[name]
+            before_eos = jnp.cumsum(tokens == eos_id, axis=1) == 0
+            pieces += [jnp.where(before_eos, tokens, 0), _constant(constant, rows)]
+        spread = jnp.concatenate(pieces, axis=1)
+        # Real tokens to the left, in their order.
+        order = jnp.argsort(spread == 0, axis=1, stable=True)
+        return jnp.take_along_axis(spread, order, axis=1)
+
+
+def _constant(tokens: Sequence[int], rows: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.asarray(tokens, jnp.int32).reshape(1, -1), (rows, len(tokens)))
