@@ -26,7 +26,7 @@ from rest_jax.evaluation.agreement import agreement, kendall
 from rest_jax.filters import Threshold
 from rest_jax.models.encoder_decoder import EncoderDecoderModel
 from rest_jax.models.initial_params import initial_params
-from rest_jax.models.regressor import fresh_head, with_head
+from rest_jax.models.regressor import fresh_head, regress, with_head
 from rest_jax.objectives import squared_error
 from rest_jax.partitioning import Partitioner
 from rest_jax.reporting.metrics_writer import MetricsWriter
@@ -334,9 +334,12 @@ def _read_ratings(config: RewardTraining, *, stop_requested: Callable[[], bool])
 
 def _scorer(config: RewardTraining, joined: JoinedInput) -> Callable[[Params, Ratings], npt.NDArray[np.float32]]:
     """`(params, ratings) -> scores float32 [rows]`, as the reward gives them."""
-    rewarded = jax.jit(
-        lambda params, inputs: regressor.score_rows(config.model.module, params, inputs, rows_per_step=64).clip(0, 1)
-    )
+    module = config.model.module
+
+    @jax.jit
+    def rewarded(params: Params, inputs: jax.Array) -> jax.Array:
+        network = lambda rows: regress(module, params, rows)[:, 0]  # noqa: E731
+        return regressor.score_rows(network, inputs, rows_per_step=64).clip(0, 1)
 
     def score(params: Params, ratings: Ratings) -> npt.NDArray[np.float32]:
         rows = np.zeros((len(ratings), config.length), np.int32)

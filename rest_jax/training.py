@@ -330,11 +330,13 @@ def fit(
             return
         total = {key: float(sum(values[key] for values in fetched)) for key in fetched[0]}
         weight = max(total["weight_sum"], 1.0)
-        tokens += int(total["weight_sum"])
+        # Of an objective that reads no target token, the encoder's.
+        new_tokens = int(total.get("tokens", total["weight_sum"]))
+        tokens += new_tokens
         names = {"loss": "loss", "cross_entropy": "cross_entropy", "correct": "accuracy"}  # what an objective has
         scalars = {name: total[key] / weight for key, name in names.items() if key in total}
         scalars["grad_norm"] = total["grad_norm"] / len(fetched)
-        progress.update(step, tokens=int(total["weight_sum"]), loss=scalars["loss"])
+        progress.update(step, tokens=new_tokens, loss=scalars["loss"])
         metrics_writer.write(phase=phase, step=step, scalars=scalars)
 
     def out_of_patience() -> bool:

@@ -3,19 +3,33 @@
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from rest_jax import cli
 from rest_jax import train_reward as lib
-from rest_jax.data.ratings import Table
+from rest_jax.data.parallel import ParallelData
+from rest_jax.data.ratings import Store, Table
+from rest_jax.data.store import ScoredStore
+from rest_jax.data.token_dataset import TokenDataset, TokenRow, write_token_dataset
 from rest_jax.data.vocabulary import ByteVocabulary
 from rest_jax.errors import Preempted, UserError
+from rest_jax.evaluation.evaluate import Evaluation
+from rest_jax.filters import Constant, Threshold
+from rest_jax.grow import Growing
+from rest_jax.improve import Improving
 from rest_jax.models.encoder_decoder import EncoderDecoderModel
+from rest_jax.models.regressor import regress
 from rest_jax.models.t5 import T5Config, Transformer
 from rest_jax.optimizers import adamw, constant
 from rest_jax.partitioning import Partitioner, make_mesh
+from rest_jax.rest import ReST, Runner
 from rest_jax.rewards import regressor
+from rest_jax.rewards.chrf import ChrF
+from rest_jax.sampling.scored import Sampling
 from rest_jax.training import Training
 
 BYTES = ByteVocabulary()
@@ -166,3 +180,91 @@ def test_what_can_not_be_trained_is_refused_before_training(table, tmp_path, fie
     with pytest.raises(UserError, match=message):
         lib.train_reward(config(table, tmp_path / "reward", **fields))
     assert not (tmp_path / "reward").exists()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenisedData(ParallelData):
+    directory: Path
+
+    def open(self, split: str) -> TokenDataset:
+        return TokenDataset.open(self.directory)
+
+
+def test_a_reward_learns_from_labelled_samples_of_a_policy_and_scores_its_next_ones(tmp_path):
+    rows = [
+        TokenRow([*BYTES.encode(text), 1], [*BYTES.encode(text), 1], text, text) for text in map(str, range(900, 940))
+    ]
+    write_token_dataset(tmp_path / "data", rows, info={})
+    partitioner = Partitioner(make_mesh(devices=jax.devices()[:1]))
+    sampling = Sampling(num_samples=2, sources_per_chunk=40)
+    training = Training(steps=1, batch_size=4, learning_rate=1e-3, optimizer=adamw)
+    run = ReST(
+        model_dir=str(tmp_path / "run"),
+        model=EncoderDecoderModel(Transformer(CONFIG), BYTES, BYTES),
+        data=TokenisedData(
+            task="t", vocabulary=BYTES, lengths={"inputs": 8, "targets": 8}, directory=tmp_path / "data"
+        ),
+        reward=regressor.Regressor(str(tmp_path / "reward")),
+        partitioner=partitioner,
+        bc=training,
+        growing=Growing(sampling=sampling, filter=Threshold(-1.0)),
+        improving=Improving(training=training, schedule=Constant(Threshold(-1.0))),
+        evaluation=Evaluation(sampling=sampling),
+        improve_steps=0,
+        bc_long=False,
+    )
+    trained = config(
+        None, tmp_path / "reward", samples=run, label=ChrF(), training=training, partitioner=partitioner, held_out=0.4
+    )
+    assert "held-out" in lib.train_reward(trained)
+    labelled = ScoredStore.open(tmp_path / "reward" / "samples" / "grow_1")
+    assert labelled.stats["reward"] == "chrf"
+
+    runner = Runner(run)
+    runner.run([phase for phase in runner.phases if phase.kind != "evaluate"])
+    store = ScoredStore.open(tmp_path / "run" / "grow_1")
+    assert store.stats["reward"] == "regressor"
+    again = Store(directory=str(store.directory)).read(BYTES)
+    files = regressor.read(str(tmp_path / "reward"))
+    params = run.reward.init(BYTES)["params"]
+    inputs = np.zeros((len(again), 40), np.int32)
+    for row, source, sample in zip(inputs, again.sources, again.hypotheses, strict=True):
+        tokens = files.joined.join({"source": source, "sample": sample})
+        row[: len(tokens)] = tokens
+    expected = jax.jit(lambda inputs: regress(files.module, params, inputs)[:, 0])(inputs)
+    np.testing.assert_allclose(again.scores, np.clip(expected, 0, 1), rtol=1e-4, atol=1e-5)
+    assert np.ptp(again.scores) > 0
+
+
+def test_the_command(table, tmp_path, capsys, monkeypatch):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    gin = f"""
+from __gin__ import dynamic_registration
+from rest_jax.data import ratings
+from rest_jax.data import vocabulary
+from rest_jax.models import t5
+VOCABULARY = @vocabulary.ByteVocabulary()
+t5.T5Config:
+  emb_dim = 16
+  num_heads = 2
+  head_dim = 8
+  mlp_dim = 16
+  num_encoder_layers = 1
+  num_decoder_layers = 1
+REWARD_DIR = '{tmp_path / "reward"}'
+REWARD_STEPS = 2
+REWARD_BATCH_SIZE = 8
+REWARD_LENGTH = 64
+REWARD_RATINGS = @ratings.Table()
+ratings.Table.path = '{table.path}'
+"""
+    (tmp_path / "my_reward.gin").write_text(gin)
+    files = ["models/nano.gin", "train_reward.gin", str(tmp_path / "my_reward.gin")]
+    command = ["train_reward", *(f"--gin_file={file}" for file in files)]
+    assert cli.main(command) == 0
+    assert "pairwise accuracy" in capsys.readouterr().out
+    for name in ("config.gin", "operative_config.gin", "run.json", "summary.json", "metrics.jsonl", "reward.json"):
+        assert (tmp_path / "reward" / name).is_file()
+    assert cli.main([*command, "--gin.REWARD_STEPS=3"]) == 2
+    assert "another configuration" in capsys.readouterr().err

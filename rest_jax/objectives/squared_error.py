@@ -22,7 +22,8 @@ def squared_error(
       dropout_rng: key for dropout; None for none.
 
     Returns:
-      The summed loss (scalar float32), and it and the number of inputs by the names that training reads.
+      The summed loss (scalar float32), and it, the number of inputs and that of their tokens by the names that training
+      reads.
     """
     scores = regress(
         model.module,
@@ -34,4 +35,5 @@ def squared_error(
     )
     weights = batch["decoder_loss_weights"]
     loss = jnp.sum(weights * jnp.square(scores - batch["decoder_target_labels"]))
-    return loss, {"loss": loss, "weight_sum": jnp.sum(weights)}
+    tokens = jnp.sum(batch["encoder_input_tokens"] > 0, dtype=jnp.float32)
+    return loss, {"loss": loss, "weight_sum": jnp.sum(weights), "tokens": tokens}

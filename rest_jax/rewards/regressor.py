@@ -9,6 +9,7 @@ The score is the network's, cut to [0, 1]. What 0 and 1 mean is what its labels 
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +116,16 @@ class Regressor(Reward):
         texts = {name: jnp.repeat(tokens, num_samples, axis=0) for name, tokens in fields.items()}
         texts["sample"] = samples.reshape(num_sources * num_samples, -1)
         inputs = files.joined.join_rows(texts, eos_id=params["eos_id"])[:, : files.length]
-        scores = score_rows(files.module, params["params"], inputs, rows_per_step=self.rows_per_step)
+        network = lambda rows: regress(files.module, params["params"], rows)[:, 0]  # noqa: E731
+        scores = score_rows(network, inputs, rows_per_step=self.rows_per_step)
         return {self.name: jnp.clip(scores, 0.0, 1.0).reshape(num_sources, num_samples)}
 
 
-def score_rows(module: Transformer, params: Params, inputs: jax.Array, *, rows_per_step: int) -> jax.Array:
+def score_rows(score: Callable[[jax.Array], jax.Array], inputs: jax.Array, *, rows_per_step: int) -> jax.Array:
     """Scores of inputs of any lengths, some at a time, the short ones in narrow arrays.
 
     Args:
-      module, params: a regressor.
+      score: int32 `[rows, width]`, padded with 0, to float32 `[rows]`; a row's score does not depend on the others.
       inputs: int32 `[rows, length]`, padded with 0.
       rows_per_step: rows that go through the network together on each device.
 
@@ -143,7 +145,7 @@ def score_rows(module: Transformer, params: Params, inputs: jax.Array, *, rows_p
     def score_group(group: jax.Array) -> jax.Array:
         longest = jnp.max(jnp.sum(group > 0, axis=1))
         fitting = jnp.sum(longest > jnp.asarray(widths[:-1], jnp.int32))
-        branches = [lambda group, width=width: regress(module, params, group[:, :width])[:, 0] for width in widths]
+        branches = [lambda group, width=width: score(group[:, :width]) for width in widths]
         return jax.lax.switch(fitting, branches, group)
 
     scores = jax.lax.map(score_group, groups).reshape(-1)
