@@ -40,6 +40,8 @@ Params = Any
 PHASE = "train_reward"
 # Inputs that share a packed row at most.
 MAX_PACKED = 32
+# Inputs that one call of the scoring program takes: any number of ratings is one compilation.
+_SCORED_TOGETHER = 512
 # What is wrong in them is beyond doubt; a label for words in another order, say, would be a guess.
 FAILURES = ("empty", "gibberish", "unrelated", "copied_source")
 SHORTENED_OR_LENGTHENED = ("truncated", "with_omissions", "repeated")
@@ -342,10 +344,11 @@ def _scorer(config: RewardTraining, joined: JoinedInput) -> Callable[[Params, Ra
         return regressor.score_rows(network, inputs, rows_per_step=64).clip(0, 1)
 
     def score(params: Params, ratings: Ratings) -> npt.NDArray[np.float32]:
-        rows = np.zeros((len(ratings), config.length), np.int32)
-        for row, tokens in zip(rows, _inputs(ratings, joined), strict=True):
+        rows = np.zeros((-(-len(ratings) // _SCORED_TOGETHER) * _SCORED_TOGETHER, config.length), np.int32)
+        for row, tokens in zip(rows, _inputs(ratings, joined), strict=False):
             row[: len(tokens)] = tokens[: config.length]
-        return np.asarray(jax.device_get(rewarded(params, rows)))
+        blocks = rows.reshape(-1, _SCORED_TOGETHER, config.length)
+        return np.concatenate([jax.device_get(rewarded(params, block)) for block in blocks])[: len(ratings)]
 
     return score
 
@@ -357,8 +360,13 @@ def _failures_below(
     *,
     score: Callable[[Ratings], npt.NDArray[np.float32]],
 ) -> dict[str, float]:
-    """Kind -> how often the variant of a held-out translation scores below it; kinds that were not trained on too."""
+    """Kind -> how often the variant of a held-out translation scores below it; kinds that were not trained on too.
+
+    Of some 500 translations, which is exact to some 4 %.
+    """
     shares = {}
+    some = np.arange(0, len(held), -(-len(held) // _SCORED_TOGETHER))
+    held, scores = held.take(some), scores[some]
     rng = np.random.default_rng(config.seed)
     sources, texts = (
         [config.vocabulary.decode(tokens.tolist()) for tokens in side] for side in (held.sources, held.hypotheses)
