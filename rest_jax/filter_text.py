@@ -48,28 +48,6 @@ def parse_filter(text: str) -> filters.Filter:
     return result
 
 
-def chosen_filters(
-    expressions: Sequence[str],
-    *,
-    threshold: Sequence[float],
-    percentile: Sequence[float],
-    interpolation: Sequence[float],
-    top_k: Sequence[int],
-    cap: int | None,
-) -> list[filters.Filter]:
-    """The filters that the command's options name, each under `cap` where there is one."""
-    chosen = [
-        *map(parse_filter, expressions),
-        *map(filters.Threshold, threshold),
-        *map(filters.Percentile, percentile),
-        *map(filters.Interpolation, interpolation),
-        *map(filters.TopK, top_k),
-    ]
-    if cap is None:
-        return chosen
-    return [filters.Cap(keep, cap) for keep in chosen or [filters.Threshold(0.0)]]
-
-
 _EXAMPLE = "'threshold(0.5)' or 'cap(percentile(75), k=3)'"
 
 

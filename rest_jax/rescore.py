@@ -21,7 +21,7 @@ from rest_jax.data.token_dataset import TokenDataset
 from rest_jax.errors import UserError
 from rest_jax.partitioning import trace_mesh
 from rest_jax.rest import ReST
-from rest_jax.rewards.base import Reward, check_reward, leaves
+from rest_jax.rewards.base import Reward, RewardBatch, check_reward, leaves
 from rest_jax.rewards.guards import GUARD_PREFIX
 from rest_jax.sampling.scored import chunk_batch, chunks
 
@@ -55,7 +55,8 @@ def rescore(config: ReST, *, store: ScoredStore, output: str | os.PathLike[str],
     reward = config.reward
     check_reward(reward, has_references=True, languages=config.languages)
     new = _new_leaves(reward, store)
-    valid, unscored = store.valid, np.zeros_like(store.valid)
+    # What an earlier rescoring could not score has no value now either.
+    valid, unscored = store.valid, ~store.stored & np.isnan(store.rewards)
     components, reference_components = dict(store.components), dict(store.reference_components)
     if new:
         unscored = ~store.stored
@@ -126,12 +127,12 @@ def _score(config: ReST, new: Mapping[str, Reward], store: ScoredStore) -> tuple
     @jax.jit
     def program(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
         def score(samples: jax.Array) -> dict[str, jax.Array]:
-            tokens = {"references": batch["references"], "sources": batch["encoder_input_tokens"]}
+            seen = RewardBatch(samples=samples, references=batch["references"], sources=batch["encoder_input_tokens"])
             with trace_mesh(config.partitioner.mesh):
                 return {
                     component: values
                     for name, leaf in new.items()
-                    for component, values in leaf.score(params[name], {"samples": samples, **tokens}).items()
+                    for component, values in leaf.score(params[name], seen).items()
                 }
 
         return score(batch["samples"]), score(batch["references"][:, None])
@@ -188,14 +189,16 @@ def _statistics(
     totals: npt.NDArray[np.float32], reference_totals: npt.NDArray[np.float32], *, components: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Grow's, of the samples that have a reward."""
-    known = totals[~np.isnan(totals)].astype(np.float64)
+    has_value = ~np.isnan(totals)
+    known = totals[has_value].astype(np.float64)
+    highest, lowest = np.max(totals, 1, initial=-1.0, where=has_value), np.min(totals, 1, initial=2.0, where=has_value)
     histogram, _ = np.histogram(np.clip(known, 0, 1), bins=100, range=(0, 1))
     return {
         "count": known.size,
         "mean": known.mean(),
         "variance": known.var(),
         "histogram": histogram,
-        "zero_variance_sources": float(np.mean(np.ptp(totals, axis=1) == 0)),
+        "zero_variance_sources": float(np.mean(highest <= lowest)),
         "reference_mean": float(np.nanmean(reference_totals)),
         "guards": {
             name.removeprefix(GUARD_PREFIX): int(np.count_nonzero(values <= 0))

@@ -22,7 +22,7 @@ from rest_jax.models.initial_params import initial_params
 from rest_jax.partitioning import Partitioner
 from rest_jax.rest import phase_directory
 from rest_jax.sampling import LogitProcessing, Samples, Sampling
-from rest_jax.sampling.scored import draw_samples
+from rest_jax.sampling.scored import draw_samples, without_prefix
 
 Params = Any
 # Lines that are read, sorted by length and translated together, in chunks: bounds memory, and how long a pipe waits.
@@ -129,7 +129,8 @@ class Translator:
             sampled, log_probs = jax.device_get((drawn.tokens, drawn.log_probs))
             for row, member in enumerate(group.indices):
                 index = int(filled[member])
-                texts = target_vocabulary.decode_batch(sampled[row].tolist())
+                decoded = target_vocabulary.decode_batch(sampled[row].tolist())
+                texts = [without_prefix(text, self.sampling) for text in decoded]
                 results[index] = Translation(
                     block[index], tuple(_one_line(text) for text in texts), tuple(float(p) for p in log_probs[row])
                 )
@@ -202,6 +203,7 @@ def make_sampling(
     temperature: float,
     top_p: float,
     sources_per_chunk: int,
+    target_prefix: str,
 ) -> Sampling:
     """How lines are translated: greedily, by beam search, or with `num_samples` by sampling.
 
@@ -221,6 +223,7 @@ def make_sampling(
         else LogitProcessing(temperature=temperature, top_p=top_p),
         beam_size=beam_size if beam_size > 1 else 0,
         beam_alpha=beam_alpha,
+        target_prefix=target_prefix,
     )
 
 

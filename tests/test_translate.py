@@ -118,6 +118,15 @@ def test_beam_gives_its_best_first(run) -> None:
     assert run(LINES[:1], "--beam_size=4", "--beam_alpha=0").lines == rows[0]["samples"][:1]
 
 
+def test_a_target_prefix_is_forced_and_left_out(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, forced = run(LINES).lines, run(LINES, "--target_prefix=das ").lines
+    assert forced != free and not any(line.startswith("das") for line in forced)
+    monkeypatch.setattr(translate, "without_prefix", lambda text, sampling: text)
+    whole = run(LINES, "--target_prefix=das ").lines
+    assert all(line.startswith("das") for line in whole if line)
+    assert [line.removeprefix("das").lstrip() for line in whole] == forced
+
+
 def test_standard_input_and_a_checkpoint_without_a_gin_file(
     run, model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +163,7 @@ def test_output_file_is_whole_or_absent(
         (["--beam_size=2", "--num_samples=3"], "beam_size is 2"),
         (["--num_samples=2", "--top_p=0"], "top_p"),
         (["--sources_per_chunk=12"], "multiple of 8"),
+        (["--target_prefix=" + 40 * "Licht "], "fewer tokens than a translation may have"),
         (["--output=/nonexistent/x"], "folder that exists"),
     ],
 )

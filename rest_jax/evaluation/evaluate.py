@@ -19,7 +19,14 @@ from rest_jax.evaluation.metrics import corpus_scores
 from rest_jax.partitioning import Partitioner
 from rest_jax.rewards.base import Reward
 from rest_jax.sampling import LogitProcessing, Sampling
-from rest_jax.sampling.scored import Program, choose_sources, chunks, run_chunks, sample_and_score
+from rest_jax.sampling.scored import (
+    Program,
+    choose_sources,
+    chunks,
+    run_chunks,
+    sample_and_score,
+    without_prefix,
+)
 
 Params = Any
 # Random stream of evaluation; Grow steps use 1, 2, ... Every policy is measured with the same random numbers, so
@@ -156,8 +163,9 @@ class Evaluator:
 
         indices = self._test_indices
         test_rewards, test_tokens = self._draw(params, test_set, indices, self._translation)
-        hypotheses = vocabulary.decode_batch(test_tokens[:, 0].tolist())
-        references = [test_set.targets_text(int(i)) for i in indices]
+        translated = vocabulary.decode_batch(test_tokens[:, 0].tolist())
+        hypotheses = [without_prefix(text, self._translation) for text in translated]
+        references = [without_prefix(test_set.targets_text(int(i)), self._translation) for i in indices]
         _write_jsonl(
             directory / f"{name}.test.jsonl",
             (

@@ -9,7 +9,7 @@ from rest_jax.partitioning import num_trace_shards, over_batch_axes
 
 # Widths that a group's array may have, as sixteenths of the widest, but no less than 32 tokens: each is one more branch
 # to compile.
-_SIXTEENTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+_SIXTEENTHS = (1, 2, 4, 6, 8, 12, 16)
 _NARROWEST = 32
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from rest_jax.data.batching import LengthGroup, length_groups
 from rest_jax.data.token_dataset import TokenDataset
+from rest_jax.data.vocabulary import adopt
 from rest_jax.errors import UserError
 from rest_jax.partitioning import Partitioner, trace_mesh
 from rest_jax.rewards.base import Reward
@@ -39,6 +40,8 @@ class Sampling:
         sample. A CPU never has fewer than 64.
       cache_dtype: type of self-attention's keys and values, one of `cache.CACHE_TYPES`: 'bfloat16' halves what each
         position reads of them, 'int8' halves it again; None for the activations'.
+      target_prefix: text that every translation is made to start with, such as the tag of a target language; the
+        task's targets start with it too. sacreBLEU and `translate` leave it out.
     """
 
     num_samples: int
@@ -49,6 +52,7 @@ class Sampling:
     length_multiple: int = 32
     slots: int | None = None
     cache_dtype: str | None = None
+    target_prefix: str = ""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "sources_per_chunk", "length_multiple"):
@@ -81,10 +85,12 @@ def draw_samples(
     reward_bytes: int = 0,
 ) -> Samples:
     """`sampler.decode` as `sampling` says; the arguments are those of `sample_and_score`."""
+    sources = batch["encoder_input_tokens"]
+    prefix = prefix_tokens(model, sampling, max_length=max_length)
     return decode(
         model,
         params,
-        encoder_input_tokens=batch["encoder_input_tokens"],
+        encoder_input_tokens=sources,
         source_ids=batch["source_ids"],
         num_samples=sampling.num_samples,
         max_length=max_length,
@@ -93,12 +99,37 @@ def draw_samples(
         beam_alpha=sampling.beam_alpha,
         seed=seed,
         stream=stream,
-        prefix_tokens=batch.get("decoder_prefix_tokens"),
+        prefix_tokens=jnp.broadcast_to(prefix, (len(sources), len(prefix))) if len(prefix) else None,
         slots=sampling.slots,
         cache_dtype=sampling.cache_dtype,
         mesh=mesh,
         reward_bytes=reward_bytes,
     )
+
+
+def prefix_tokens(model: Any, sampling: Sampling, *, max_length: int) -> npt.NDArray[np.int32]:
+    """The ids of `sampling.target_prefix` in the policy's output vocabulary, `[prefix_length]`.
+
+    Raises:
+      UserError: the vocabulary can not spell it, or it leaves no room for a translation.
+    """
+    if not sampling.target_prefix:
+        return np.zeros(0, np.int32)
+    vocabulary = adopt(model.output_vocabulary)
+    tokens = vocabulary.encode(sampling.target_prefix)
+    if vocabulary.unk_id in tokens or len(tokens) >= max_length:
+        raise UserError(
+            f"Sampling.target_prefix is {sampling.target_prefix!r}, in the policy's vocabulary the ids {tokens}: it "
+            f"must have no unknown piece (id {vocabulary.unk_id}) and fewer tokens than a translation may have "
+            f"({max_length})."
+        )
+    return np.asarray(tokens, np.int32)
+
+
+def without_prefix(text: str, sampling: Sampling) -> str:
+    """A translation or a reference without `sampling.target_prefix`."""
+    prefix = sampling.target_prefix.strip()
+    return text.removeprefix(prefix).lstrip() if prefix else text
 
 
 def sample_and_score(
@@ -121,7 +152,7 @@ def sample_and_score(
       params: the policy's.
       reward_params: the reward's.
       batch: `encoder_input_tokens [batch, source_length]`, `references [batch, target_length]`, `source_ids [batch]`;
-        a row of padding is a filler; and `decoder_prefix_tokens` where samples start with given tokens (`decode`).
+        a row of padding is a filler.
       seed, stream: see `sampler.source_keys`; the stream is the Grow step.
       model, reward, sampling: what draws, what scores, and how many.
       max_length: most tokens of a sample.

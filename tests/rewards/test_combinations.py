@@ -55,7 +55,7 @@ class Raw(Reward):
             0.5 * np.minimum(VALUES["chrf"], VALUES["bleu"]) * VALUES[SHORT.name] + 0.25 * VALUES["bleu"],
         ),
     ],
-    ids=lambda value: value.name if isinstance(value, Reward) else "",
+    ids=lambda value: getattr(value, "name", "values"),
 )
 def test_totals_are_the_formulas(reward, expected):
     np.testing.assert_allclose(jax.jit(reward.combine)(COMPONENTS), expected, atol=1e-6)

@@ -53,7 +53,7 @@ def passed(guard, samples: list[str], source: str = SOURCE) -> list[bool]:
         (guards.Script(("LATIN",)), ["earth", "", "12.5 %", "Größe Ж", "aЖ"], ["Земля", "地球", "a地球"]),
         (guards.Script(("CJK", "HIRAGANA", "KATAKANA"), share=1.0), ["地球は", "カ 1."], ["地球a"]),
     ],
-    ids=lambda value: repr(value) if isinstance(value, guards.Reward) else "",
+    ids=lambda value: getattr(value, "name", "texts"),
 )
 def test_good_samples_pass_and_bad_ones_do_not(guard, good, bad):
     assert passed(guard, good) == [True] * len(good)

@@ -18,7 +18,8 @@ from rest_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary
 from rest_jax.errors import UserError
 from rest_jax.partitioning import Partitioner, make_mesh, trace_mesh
 from rest_jax.rewards.base import leaves
-from rest_jax.rewards.metricx import MetricX, without_prefix
+from rest_jax.rewards.joined_input import without_prefix
+from rest_jax.rewards.metricx import MetricX
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures" / "metricx"
 GOLDEN = json.loads((FOLDER / "golden.json").read_text(encoding="utf-8"))

@@ -1,0 +1,50 @@
+"""What commands share: gin's options, and reading the configuration that they give."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rest_jax.errors import UserError
+
+AddCommand = Callable[[str, Callable[[Any], None], str], argparse.ArgumentParser]
+"""Adds a command: its name, the function of its options, one line of help."""
+
+
+def add_gin_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        help="repeatable; without any, the config.gin of --model_dir; then --gin.NAME=value over them",
+    )
+    sub.add_argument(
+        "--gin_search_paths", action="append", default=[], help="further folders for gin files, with commas between"
+    )
+    sub.add_argument("--model_dir", help="short for --gin.MODEL_DIR, without quotes inside quotes")
+    sub.add_argument("--tfds_data_dir", help="where TFDS keeps its data sets; without it, $TFDS_DATA_DIR")
+
+
+def load_config(options: Any, *, fallbacks: dict[str, str] | None = None, also: Sequence[str] = ()) -> None:
+    """Parses what `--gin_file` and `--model_dir` give, the files `also` of a command, and `--gin.NAME=value`."""
+    from pathlib import Path
+
+    from rest_jax import config, run_files
+
+    if options.tfds_data_dir is not None:
+        os.environ["TFDS_DATA_DIR"] = options.tfds_data_dir  # read by TFDS when it is imported
+    files = list(options.gin_file)
+    if not files and options.model_dir is not None:
+        given = Path(options.model_dir) / run_files.CONFIG
+        if not given.is_file():
+            raise UserError(
+                f"--gin_file is missing, and --model_dir {options.model_dir!r} has no {run_files.CONFIG} yet."
+            )
+        files = [str(given)]
+    bindings = [] if options.model_dir is None else [f"MODEL_DIR={options.model_dir!r}"]
+    folders = [folder for text in options.gin_search_paths for folder in text.split(",") if folder]
+    for note in config.load(
+        gin_files=[*files, *also], bindings=bindings + options.bindings, search_paths=folders, fallbacks=fallbacks
+    ):
+        print(f"rest_jax: {note}", file=sys.stderr)
