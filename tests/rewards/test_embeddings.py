@@ -85,14 +85,10 @@ def test_it_is_the_cosine_of_the_models_own_embeddings(model):
     def embedding(text: str) -> np.ndarray:
         return vectors[tokenizer.encode(text, add_special_tokens=False).ids].mean(axis=0)
 
-    whole = [word for word in MEANINGS if len(DEMO.encode(word)) == 1]
-    assert len(whole) >= 4
-    for source, sample in [(whole[0], whole[1]), (" ".join(whole[:3]), whole[-1]), (" ".join(whole), whole[0])]:
+    for source, sample in [("Himmel", "heaven"), ("Himmel heaven Erde", "water"), (" ".join(MEANINGS), "earth the")]:
         a, b = embedding(source), embedding(sample)
         expected = (1 + a @ b / np.linalg.norm(a) / np.linalg.norm(b)) / 2
-        np.testing.assert_allclose(
-            score(reward, params, source, [sample]), expected if a.any() and b.any() else 0, atol=1e-6
-        )
+        np.testing.assert_allclose(score(reward, params, source, [sample]), expected, atol=1e-6)
 
 
 def test_vectors_may_be_shared_and_weighted_in_the_file_or_not(model, tmp_path):
