@@ -20,6 +20,7 @@ from rest_jax.models.regressor import regress
 from rest_jax.models.t5 import T5Config, Transformer
 from rest_jax.rewards.base import Reward, RewardBatch, RewardVocabulary
 from rest_jax.rewards.joined_input import JoinedInput, without_prefix
+from rest_jax.rewards.retokenization import Retokenizer
 from rest_jax.rewards.row_groups import score_rows
 
 MAX_ERROR = 25.0
@@ -56,7 +57,7 @@ class MetricX(Reward):
 
     Attributes:
       checkpoint: the model's folder, config.json and *.safetensors, or what `python -m rest_jax import` made of it.
-      vocabulary: mT5's spiece.model, which must be the policy's vocabulary too.
+      vocabulary: mT5's spiece.model. Where the policy has another, its texts are retokenised in the graph.
       version: '24', or '23'. The models of 23 come in two kinds, with a reference, and without (`qe`).
       with_reference: the reference is read as well.
       dtype: of the weights and activations, 'bfloat16' or 'float32'; the error is float32.
@@ -102,6 +103,12 @@ class MetricX(Reward):
         version = VERSIONS[self.version]
         return version.with_reference if self.with_reference else version.without_reference
 
+    @property
+    def _retokenizer(self) -> Retokenizer:
+        # The predictor cuts an input with its EOS, which it takes away afterwards.
+        longest = (self.max_length or VERSIONS[self.version].max_length) - 1
+        return Retokenizer(sentencepiece_model_file=self.vocabulary, template=self.template, max_tokens=longest)
+
     def init(self, vocabulary: RewardVocabulary) -> dict[str, Any]:
         """The network's tensors as they lie in the files, and the ids of the template's constants.
 
@@ -109,11 +116,6 @@ class MetricX(Reward):
           UserError: a file is missing or damaged, the network is none of MetricX's, or the vocabularies do not fit.
         """
         own = _open_vocabulary(self.vocabulary)
-        if own.sha256 != getattr(vocabulary, "sha256", None):
-            raise UserError(
-                f"MetricX.vocabulary: {self.vocabulary!r} is another vocabulary than the policy's, {vocabulary!r}. "
-                "MetricX reads the policy's token ids as they are: train a policy on mT5's vocabulary."
-            )
         network = _network(self.checkpoint, head_row=self.head_row, dtype=self.dtype)
         rows = network[_EMBEDDING].shape[0]
         if not 0 <= rows - own.vocab_size < _ROW_MULTIPLE:
@@ -121,37 +123,43 @@ class MetricX(Reward):
                 f"MetricX.vocabulary: {self.vocabulary!r} has {own.vocab_size} pieces, and the embedding of "
                 f"{self.checkpoint!r} {rows} rows. Give the spiece.model of the mT5 that it was made from."
             )
-        joined = JoinedInput.from_template(self.template, own)
-        return {
+        params = {
             "network": tensors.unflatten(network),
-            "constants": [np.asarray(constant, np.int32) for constant in joined.constants],
             "source_prefix": np.asarray(vocabulary.encode(self.source_prefix.strip()), np.int32),
-            "eos_id": np.int32(own.eos_id),
         }
+        if own.sha256 != getattr(vocabulary, "sha256", None):
+            return params | {"retokenizer": self._retokenizer.init(vocabulary)}
+        joined = JoinedInput.from_template(self.template, own)
+        constants = [np.asarray(constant, np.int32) for constant in joined.constants]
+        return params | {"constants": constants, "eos_id": np.int32(own.eos_id)}
 
     def score(self, params: dict[str, Any], batch: RewardBatch) -> dict[str, jax.Array]:
-        num_sources, num_samples, _ = batch["samples"].shape
-        sources = without_prefix(batch["sources"], params["source_prefix"])
-        of_sources = {"source": sources, "reference": batch["references"]}
-        joined = JoinedInput(constants=tuple(params["constants"]), fields=_fields(self.template))
-        # [batch, length] -> [batch * num_samples, length]
+        return {self.name: 1.0 - jnp.clip(self.errors(params, batch), 0.0, MAX_ERROR) / MAX_ERROR}
+
+    def errors(self, params: dict[str, Any], batch: RewardBatch) -> jax.Array:
+        """What the network says, before it is cut to [0, 25]. float32 `[batch, num_samples]`."""
+        # [batch, 1 or num_samples, length]
         texts = {
-            name: jnp.repeat(of_sources[name], num_samples, axis=0) for name in joined.fields if name in of_sources
+            "source": without_prefix(batch["sources"], params["source_prefix"])[:, None],
+            "sample": batch["samples"],
+            "reference": batch["references"][:, None],
         }
-        texts["sample"] = batch["samples"].reshape(num_sources * num_samples, -1)
-        # The predictor cuts an input with its EOS, which it takes away afterwards.
-        longest = (self.max_length or VERSIONS[self.version].max_length) - 1
-        inputs = joined.join_rows(texts, eos_id=params["eos_id"])[:, :longest]
+        texts = {name: texts[name] for name in self._retokenizer.fields}
+        num_sources, num_samples, _ = batch["samples"].shape
+        if "retokenizer" in params:
+            inputs = self._retokenizer(params["retokenizer"], texts).ids.reshape(num_sources * num_samples, -1)
+        else:
+            joined = JoinedInput(constants=tuple(params["constants"]), fields=tuple(texts))
+            rows = {
+                name: jnp.repeat(tokens, num_samples // tokens.shape[1], axis=1).reshape(num_sources * num_samples, -1)
+                for name, tokens in texts.items()
+            }
+            inputs = joined.join_rows(rows, eos_id=params["eos_id"])[:, : self._retokenizer.max_tokens]
 
         network = params["network"]
         module = Transformer(dataclasses.replace(_config_of(network), dtype=self.dtype))
         errors = score_rows(lambda rows: regress(module, network, rows)[:, 0], inputs, rows_per_step=self.rows_per_step)
-        rewards = 1.0 - jnp.clip(errors, 0.0, MAX_ERROR) / MAX_ERROR
-        return {self.name: rewards.reshape(num_sources, num_samples)}
-
-
-def _fields(template: str) -> tuple[str, ...]:
-    return tuple(part.partition("}")[0] for part in template.split("{")[1:])
+        return errors.reshape(num_sources, num_samples)
 
 
 def _open_vocabulary(path: str) -> SentencePieceVocabulary:

@@ -1,5 +1,6 @@
 """Texts of any lengths through a network, some at a time, the short ones in narrow arrays."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,6 +12,8 @@ from rest_jax.partitioning import num_trace_shards, over_batch_axes
 # to compile.
 _SIXTEENTHS = (1, 2, 4, 6, 8, 12, 16)
 _NARROWEST = 32
+# Rows wider than this go through in parts, so that they take no more memory than rows of this width.
+_FULL_WIDTH = 256
 
 
 def score_rows(score: Callable[[jax.Array], jax.Array], inputs: jax.Array, *, rows_per_step: int) -> jax.Array:
@@ -21,7 +24,7 @@ def score_rows(score: Callable[[jax.Array], jax.Array], inputs: jax.Array, *, ro
     Args:
       score: int32 `[rows, width]`, padded with 0, to float32 `[rows]`. A row's score must not depend on the other rows.
       inputs: int32 `[rows, length]`, padded with 0.
-      rows_per_step: rows that go through the network together on each data shard.
+      rows_per_step: rows that go through the network together on each data shard; fewer where they are long.
 
     Returns:
       float32 `[rows]`.
@@ -42,11 +45,23 @@ def score_rows(score: Callable[[jax.Array], jax.Array], inputs: jax.Array, *, ro
     steps = (-(-length * sixteenths // 16) for sixteenths in _SIXTEENTHS)
     widths = sorted({width for width in steps if width >= min(_NARROWEST, length)})
 
+    def score_part(part: jax.Array) -> jax.Array:
+        """`[shards, rows, width]` -> `[shards, rows]`."""
+        return score(over_batch_axes(part.reshape(-1, part.shape[2]))).reshape(shards, -1)
+
+    def score_at_width(group: jax.Array, width: int) -> jax.Array:
+        """`[shards, per_step, length]` -> `[shards, per_step]`."""
+        wanted = min(per_step, -(-width // _FULL_WIDTH))
+        num_parts = next(number for number in range(wanted, per_step + 1) if per_step % number == 0)
+        parts = group[:, :, :width].reshape(shards, num_parts, -1, width)
+        if num_parts == 1:
+            return score_part(parts[:, 0])
+        return jnp.moveaxis(jax.lax.map(score_part, jnp.moveaxis(parts, 1, 0)), 0, 1).reshape(shards, per_step)
+
     def score_group(group: jax.Array) -> jax.Array:
-        tokens = over_batch_axes(group.reshape(shards * per_step, length))
-        narrower = jnp.sum(jnp.max(_lengths(tokens)) > jnp.asarray(widths[:-1], jnp.int32))
-        branches = [lambda tokens, width=width: score(tokens[:, :width]) for width in widths]
-        return jax.lax.switch(narrower, branches, tokens).reshape(shards, per_step)
+        narrower = jnp.sum(jnp.max(_lengths(group)) > jnp.asarray(widths[:-1], jnp.int32))
+        branches = [functools.partial(score_at_width, width=width) for width in widths]
+        return jax.lax.switch(narrower, branches, group)
 
     # [groups, shards, per_step] -> [shards, groups * per_step] -> [rows]
     scores = jnp.moveaxis(jax.lax.map(score_group, groups), 0, 1).reshape(shards, -1)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rest_jax.checkpoints import checkpointer, safetensors_files
-from rest_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary
+from rest_jax.data.vocabulary import SentencePieceVocabulary
 from rest_jax.errors import UserError
 from rest_jax.partitioning import Partitioner, make_mesh, trace_mesh
 from rest_jax.rewards.base import leaves
@@ -33,24 +33,24 @@ TOLERANCE = 1e-5
 PREFIX = "translate German to English: "
 
 
-def padded(texts: list[str], length: int, *, eos: bool = True) -> np.ndarray:
+def padded(texts: list[str], length: int, vocabulary: SentencePieceVocabulary) -> np.ndarray:
     rows = np.zeros((len(texts), length), np.int32)
     for row, text in zip(rows, texts, strict=True):
-        ids = [*VOCABULARY.encode(text), *([1] if eos else [])][:length]
+        ids = [*vocabulary.encode(text), 1][:length]
         row[: len(ids)] = ids
     return rows
 
 
-def batch_of(texts, *, length: int, prefix: str = "") -> dict[str, np.ndarray]:
+def batch_of(texts, *, length: int, prefix: str = "", vocabulary=VOCABULARY) -> dict[str, np.ndarray]:
     return {
-        "samples": np.stack([padded(text["samples"], length) for text in texts]),
-        "sources": padded([prefix + text["source"] for text in texts], length),
-        "references": padded([text["reference"] for text in texts], length),
+        "samples": np.stack([padded(text["samples"], length, vocabulary) for text in texts]),
+        "sources": padded([prefix + text["source"] for text in texts], length, vocabulary),
+        "references": padded([text["reference"] for text in texts], length, vocabulary),
     }
 
 
-def scored(reward: MetricX, batch, partitioner: Partitioner = ONE_DEVICE) -> np.ndarray:
-    params = checkpointer.put_params(reward.init(VOCABULARY), partitioner)
+def scored(reward: MetricX, batch, partitioner: Partitioner = ONE_DEVICE, *, vocabulary=VOCABULARY) -> np.ndarray:
+    params = checkpointer.put_params(reward.init(vocabulary), partitioner)
 
     @jax.jit
     def program(params, batch):
@@ -164,9 +164,17 @@ def test_bad_settings_name_the_field(settings, match):
         dataclasses.replace(METRICX, **settings).init(VOCABULARY)
 
 
-def test_another_vocabulary_is_refused():
-    with pytest.raises(UserError, match="another vocabulary than the policy's, ByteVocabulary"):
-        METRICX.init(ByteVocabulary())
+def test_a_policy_may_have_another_vocabulary():
+    policy = SentencePieceVocabulary("rest_jax://tasks/demo_data/vocab.model")
+    texts = GOLDEN["texts"][:4]
+    longest = max(len(policy.encode(text)) for row in texts for text in [row["source"], *row["samples"]]) + 1
+    batch = batch_of(texts, length=longest, vocabulary=policy)
+    reward = dataclasses.replace(METRICX, max_length=200)
+    found = scored(reward, batch, vocabulary=policy)
+    np.testing.assert_allclose(found, rewards_of(GOLDEN["errors"]["24"][:4]), atol=TOLERANCE)
+
+
+def test_a_vocabulary_that_is_not_the_networks_is_refused():
     demo = SentencePieceVocabulary("rest_jax://tasks/demo_data/vocab.model")
     with pytest.raises(UserError, match="has 2048 pieces, and the embedding of .* 384 rows"):
         dataclasses.replace(METRICX, vocabulary="rest_jax://tasks/demo_data/vocab.model").init(demo)
