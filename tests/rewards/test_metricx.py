@@ -1,6 +1,7 @@
 """MetricX against what PyTorch computes on the same weights (tests/fixtures/make_metricx_fixture.py)."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -16,10 +17,14 @@ from hypothesis import strategies as st
 from rest_jax.checkpoints import checkpointer, safetensors_files
 from rest_jax.data.vocabulary import SentencePieceVocabulary
 from rest_jax.errors import UserError
+from rest_jax.models.encoder_decoder import EncoderDecoderModel
+from rest_jax.models.t5 import T5Config, Transformer
 from rest_jax.partitioning import Partitioner, make_mesh, trace_mesh
 from rest_jax.rewards.base import leaves
 from rest_jax.rewards.joined_input import without_prefix
 from rest_jax.rewards.metricx import MetricX
+from rest_jax.sampling import Sampling
+from rest_jax.sampling.scored import sample_and_score
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures" / "metricx"
 GOLDEN = json.loads((FOLDER / "golden.json").read_text(encoding="utf-8"))
@@ -64,31 +69,36 @@ def rewards_of(errors) -> np.ndarray:
     return 1 - np.clip(np.asarray(errors), 0, 25) / 25
 
 
-LONGEST = max(len(VOCABULARY.encode(text)) for row in GOLDEN["texts"] for text in [row["source"], *row["samples"]])
+def longest(texts, vocabulary=VOCABULARY) -> int:
+    """Tokens of the longest source or sample, with EOS."""
+    return 1 + max(len(vocabulary.encode(text)) for row in texts for text in [row["source"], *row["samples"]])
 
 
-@pytest.mark.parametrize("version", ["24", "23"])
-@pytest.mark.parametrize("with_reference", [False, True])
-def test_rewards_are_those_of_pytorch(version, with_reference):
+LONGEST = longest(GOLDEN["texts"])
+
+
+@pytest.mark.parametrize(
+    ("version", "with_reference", "count"), [("24", False, 8), ("24", True, 3), ("23", False, 3), ("23", True, 3)]
+)
+def test_rewards_are_those_of_pytorch(version, with_reference, count):
     reward = dataclasses.replace(METRICX, version=version, with_reference=with_reference)
-    found = scored(reward, batch_of(GOLDEN["texts"], length=LONGEST + 1))
-    expected = GOLDEN["errors"][version + ("_reference" if with_reference else "")]
-    np.testing.assert_allclose(found, rewards_of(expected), atol=TOLERANCE)
+    texts = GOLDEN["texts"][:count]
+    expected = GOLDEN["errors"][version + ("_reference" if with_reference else "")][:count]
+    np.testing.assert_allclose(
+        scored(reward, batch_of(texts, length=longest(texts))), rewards_of(expected), atol=TOLERANCE
+    )
     assert reward.requires_reference == with_reference
 
 
 def test_a_long_input_is_cut_where_the_predictor_cuts_it():
     reward = dataclasses.replace(METRICX, max_length=GOLDEN["cut_length"])
-    found = scored(reward, batch_of(GOLDEN["texts"], length=LONGEST + 1))
+    found = scored(reward, batch_of(GOLDEN["texts"], length=LONGEST))
     np.testing.assert_allclose(found, rewards_of(GOLDEN["errors_cut"]["24"]), atol=TOLERANCE)
     assert np.abs(found - rewards_of(GOLDEN["errors"]["24"])).max() > 0.01
 
 
 def test_a_mesh_splits_rows_and_weights_and_changes_no_reward():
-    batch = batch_of(GOLDEN["texts"], length=LONGEST + 1)
     partitioner = Partitioner(make_mesh(data=4, model=2))
-    np.testing.assert_allclose(scored(METRICX, batch, partitioner), scored(METRICX, batch), atol=TOLERANCE)
-
     files = METRICX.init(VOCABULARY)
     params = checkpointer.put_params(files, partitioner)
     kernel = params["network"]["encoder"]["encoder"]["mlp"]["wo"]["kernel"]
@@ -100,15 +110,51 @@ def test_a_mesh_splits_rows_and_weights_and_changes_no_reward():
     assert checkpointer.bytes_on_device(files, partitioner) == on_first
     assert checkpointer.bytes_on_device(files, ONE_DEVICE) > 1.9 * on_first
 
-    # No device computes what is another's: the products' arrays are a shard's, four rows.
     def program(params, batch):
         with trace_mesh(partitioner.mesh):
-            return METRICX.score(params, batch)
+            return METRICX.score(params, batch)[METRICX.name]
 
-    text = jax.jit(program).lower(params, partitioner.put_batch(batch)).compile().as_text()
-    width = 2 * (LONGEST + 1) + sum(len(VOCABULARY.encode(text)) for text in ("source:", "candidate:"))
-    # Tokens of an encoder layer, [rows * length, emb_dim].
-    assert max(int(rows) for rows in re.findall(r"f32\[(\d+),16\]", text)) == METRICX.rows_per_step * width
+    batch = partitioner.put_batch(batch_of(GOLDEN["texts"], length=LONGEST))
+    compiled = jax.jit(program).lower(params, batch).compile()
+    np.testing.assert_allclose(compiled(params, batch), rewards_of(GOLDEN["errors"]["24"]), atol=TOLERANCE)
+    # No device computes what is another's. An encoder layer's tokens are [rows * width, emb_dim]; together there are
+    # four times as many.
+    tokens = max(int(rows) for rows in re.findall(r"f32\[(\d+),16\]", compiled.as_text()))
+    assert METRICX.rows_per_step * 128 < tokens <= METRICX.rows_per_step * 256
+
+
+def test_the_program_that_draws_scores_its_samples_on_a_mesh():
+    partitioner = Partitioner(make_mesh(data=4, model=2))
+    model = EncoderDecoderModel(Transformer(T5Config(384, 16, 2, 1, 1, 8, 16)), VOCABULARY, VOCABULARY)
+    shapes = {"encoder_input_tokens": (1, 1), "decoder_input_tokens": (1, 1)}
+    policy = model.get_initial_variables(jax.random.key(0), shapes)["params"]
+    texts = batch_of(GOLDEN["texts"], length=12)
+    batch = {
+        "encoder_input_tokens": texts["sources"],
+        "references": texts["references"][:, :8],
+        "source_ids": np.arange(8, dtype=np.uint32),
+    }
+    files = METRICX.init(VOCABULARY)
+    program = functools.partial(
+        sample_and_score,
+        model=model,
+        reward=METRICX,
+        sampling=Sampling(num_samples=2, sources_per_chunk=8),
+        max_length=8,
+        mesh=partitioner.mesh,
+        reward_bytes=checkpointer.bytes_on_device(files, partitioner),
+    )
+    result = jax.jit(program)(
+        jax.device_put(policy, partitioner.param_shardings(policy)),
+        checkpointer.put_params(files, partitioner),
+        partitioner.put_batch(batch),
+        np.uint32(0),
+        np.uint32(1),
+    )
+    drawn = {**batch, "sources": texts["sources"], "samples": np.asarray(result["samples"].tokens)}
+    np.testing.assert_allclose(result["rewards"], scored(METRICX, drawn), atol=TOLERANCE)
+    drawn["samples"] = drawn["references"][:, None]
+    np.testing.assert_allclose(result["reference_rewards"], scored(METRICX, drawn)[:, 0], atol=TOLERANCE)
 
 
 def test_the_source_may_have_the_prefix_of_its_task():
@@ -121,7 +167,7 @@ def test_the_source_may_have_the_prefix_of_its_task():
 
 
 def test_bfloat16_is_near():
-    found = scored(dataclasses.replace(METRICX, dtype="bfloat16"), batch_of(GOLDEN["texts"], length=LONGEST + 1))
+    found = scored(dataclasses.replace(METRICX, dtype="bfloat16"), batch_of(GOLDEN["texts"], length=LONGEST))
     assert np.abs(found - rewards_of(GOLDEN["errors"]["24"])).max() < 0.05
 
 
@@ -167,8 +213,7 @@ def test_bad_settings_name_the_field(settings, match):
 def test_a_policy_may_have_another_vocabulary():
     policy = SentencePieceVocabulary("rest_jax://tasks/demo_data/vocab.model")
     texts = GOLDEN["texts"][:4]
-    longest = max(len(policy.encode(text)) for row in texts for text in [row["source"], *row["samples"]]) + 1
-    batch = batch_of(texts, length=longest, vocabulary=policy)
+    batch = batch_of(texts, length=longest(texts, policy), vocabulary=policy)
     reward = dataclasses.replace(METRICX, max_length=200)
     found = scored(reward, batch, vocabulary=policy)
     np.testing.assert_allclose(found, rewards_of(GOLDEN["errors"]["24"][:4]), atol=TOLERANCE)
