@@ -75,17 +75,20 @@ def _nodes(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
       Per node its parent, its class, its first child (children end where the next node's begin; one entry more than
       nodes) and its value; and the class of each code point.
     """
-    codes, counts = np.unique([ord(character) for string in strings for character in string], return_counts=True)
-    classes = np.zeros(int(codes.max(initial=0)) + 1, np.int32)
-    # Frequent characters have small classes, so that children lie close together.
-    classes[codes[np.argsort(-counts, kind="stable")].astype(np.int64)] = np.arange(1, len(codes) + 1)
+    # [strings, longest]: numpy's strings are arrays of code points, 0 behind the end.
+    codes = np.asarray(strings, np.str_).reshape(len(strings), 1).view(np.uint32) if strings else np.zeros((0, 1), int)
     lengths = np.asarray([len(string) for string in strings], np.int64)
+    inside = np.arange(codes.shape[1]) < lengths[:, None]
+    found, counts = np.unique(codes[inside], return_counts=True)
+    classes = np.zeros(int(found.max(initial=0)) + 1, np.int32)
+    # Frequent characters have small classes, so that children lie close together.
+    classes[found[np.argsort(-counts, kind="stable")]] = np.arange(1, len(found) + 1)
     node_of = np.zeros(len(strings), np.int64)  # where each string's walk stands
     parents, node_classes, values = [np.asarray([_EMPTY])], [np.asarray([0])], [np.asarray([-1])]
     num_nodes = 1
     for depth in range(int(lengths.max(initial=0))):
         going = np.flatnonzero(lengths > depth)
-        class_of = classes[[ord(strings[index][depth]) for index in going]].astype(np.int64)
+        class_of = classes[codes[going, depth]].astype(np.int64)
         edges, child = np.unique(node_of[going] * len(classes) + class_of, return_inverse=True)
         node_of[going] = num_nodes + child
         level_values = np.full(len(edges), -1)
@@ -107,7 +110,7 @@ def _place(
     num_nodes = len(parents)
     slots, bases = np.zeros(num_nodes, np.int64), np.zeros(num_nodes, np.int64)
     counts = np.diff(first_children)
-    taken = np.zeros(2 * (num_nodes + num_classes), np.bool_)
+    taken = np.zeros(2 * (num_nodes + num_classes) + _CANDIDATES, np.bool_)
     taken[_ROOT] = True
     low = 0
     several = np.flatnonzero(counts > 1)
@@ -130,8 +133,7 @@ def _place(
     # An only child goes to any free slot from where its parent's base is not below 0.
     single = np.flatnonzero(counts == 1)
     child = first_children[single]
-    if num_classes + 2 * num_nodes > len(taken):
-        taken = np.concatenate([taken, np.zeros(num_classes + 2 * num_nodes - len(taken), np.bool_)])
+    taken = np.concatenate([taken, np.zeros(num_nodes, np.bool_)])
     free = num_classes + np.flatnonzero(~taken[num_classes:])[: len(single)]
     slots[child] = free
     bases[single] = free - classes[child]

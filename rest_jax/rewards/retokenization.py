@@ -81,7 +81,7 @@ class Retokenizer:
         for name, value in (("max_tokens", self.max_tokens), ("max_characters", self.max_characters)):
             if value is not None and value < 1 + (name == "max_tokens" and self.append_eos):
                 raise UserError(f"Retokenizer.{name} is {value}; there must be room for a token, and for EOS if asked.")
-        if not self.fields:
+        if not all(self.fields or ("",)):
             raise UserError(
                 f"Retokenizer.template names no token ids: {self.template!r}. Name them in braces, as in "
                 "'source: {source} candidate: {candidate}'."
@@ -171,7 +171,7 @@ class Retokenizer:
         rows = spelling.ends.shape[0]
         fitting = jnp.sum(jnp.max(spelling.num_characters) > jnp.asarray(widths[:-1], jnp.int32))
         empty = jnp.zeros((rows, self.max_tokens - self.append_eos), jnp.int32)
-        start = (fitting, jnp.asarray(True), empty, jnp.zeros(rows, jnp.int32))
+        start: tuple[jax.Array, ...] = (fitting, jnp.asarray(True), empty, jnp.zeros(rows, jnp.int32))
         _, _, ids, lengths = jax.lax.while_loop(lambda state: state[1] & (state[0] < len(widths)), attempt, start)
         if self.append_eos:
             ids = jnp.pad(ids, ((0, 0), (0, 1)))
@@ -317,7 +317,7 @@ def _matching_rules(rules: Normaliser, codes: jax.Array) -> jax.Array:
         )
 
     none = jnp.full(codes.shape, _NO_RULE, jnp.int32)
-    start = (*rules.trie.start(codes.shape), classes, none, none)
+    start: tuple[jax.Array, ...] = (*rules.trie.start(codes.shape), classes, none, none)
     *_, rule, symbol = jax.lax.while_loop(lambda state: jnp.any(state[0] >= 0), deeper, start)
     return jnp.where(symbol != _NO_RULE, symbol, rule)
 
