@@ -42,7 +42,9 @@ setup(
         "orbax-checkpoint>=0.11.33",
         "pyarrow>=21",
         "sacrebleu>=2.6",
-        "sentencepiece>=0.2.1",
+        # 0.2.3 lists a normaliser's rules and adds scores in float32, which retokenisation repeats; protobuf reads the
+        # model's file.
+        "sentencepiece[protobuf]>=0.2.3",
         "tensorboardX>=2.6.4",
         "tensorstore>=0.1.78",
     ],
