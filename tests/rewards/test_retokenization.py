@@ -185,7 +185,6 @@ def test_join_cuts_the_sample_first():
         ({"model_type": "bpe"}, "is a BPE model"),
         ({"model_type": "char"}, "is a CHAR model"),
         ({"treat_whitespace_as_suffix": True}, "writes spaces behind words"),
-        ({"escape_whitespaces": False}, "does not write spaces as U\\+2581"),
     ],
 )
 def test_other_segmentations_are_refused(train, options, reason):
