@@ -46,7 +46,9 @@ setup(
         "sacrebleu>=2.6",
         # Rank correlations, with ties, in n log n. JAX needs it too, from this version on.
         "scipy>=1.14",
-        "sentencepiece>=0.2.1",
+        # 0.2.3 lists a normaliser's rules and adds scores in float32, which retokenisation repeats; protobuf reads the
+        # model's file.
+        "sentencepiece[protobuf]>=0.2.3",
         "tensorboardX>=2.6.4",
         "tensorstore>=0.1.78",
     ],

@@ -78,10 +78,12 @@ class Retokenizer:
     max_characters: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("max_tokens", self.max_tokens), ("max_characters", self.max_characters)):
-            if value is not None and value < 1 + (name == "max_tokens" and self.append_eos):
-                raise UserError(f"Retokenizer.{name} is {value}; there must be room for a token, and for EOS if asked.")
-        if not all(self.fields or ("",)):
+        least = 2 if self.append_eos else 1
+        if self.max_tokens < least:
+            raise UserError(f"Retokenizer.max_tokens is {self.max_tokens}; it must be {least} or more.")
+        if self.max_characters is not None and self.max_characters < 1:
+            raise UserError(f"Retokenizer.max_characters is {self.max_characters}; it must be 1 or more, or None.")
+        if not self.fields or "" in self.fields:
             raise UserError(
                 f"Retokenizer.template names no token ids: {self.template!r}. Name them in braces, as in "
                 "'source: {source} candidate: {candidate}'."
