@@ -156,6 +156,7 @@ class Retokenizer:
 
         def in_width(width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
             codes = characters.characters(params.policy, spelling, max_characters=width)
+            codes = jnp.where(codes == characters.NUL, 0, codes)  # lengths say where texts end
             lengths = jnp.minimum(spelling.num_characters, width)
             codes, lengths = normalise(params.reward.normaliser, codes, lengths)
             ids, num_tokens = segment(

@@ -47,6 +47,6 @@ def test_many_strings_lie_close_together():
     rng = np.random.default_rng(0)
     strings = sorted({"".join(chr(97 + code) for code in rng.geometric(0.2, rng.integers(1, 9))) for _ in range(5000)})
     trie = build_trie(strings)
-    assert sorted(int(value) for value in trie.values if value >= 0) == list(range(len(strings)))
+    assert sorted(int(value) for value in np.asarray(trie.values) if value >= 0) == list(range(len(strings)))
     nodes = len({string[:length] for string in strings for length in range(1, len(string) + 1)})
     assert len(trie.bases) < 1.2 * nodes
