@@ -35,6 +35,7 @@ from rest_jax.rewards import regressor
 from rest_jax.rewards.base import Reward
 from rest_jax.rewards.corruptions import CORRUPTIONS, length_agreement
 from rest_jax.rewards.joined_input import WITHOUT_REFERENCE, JoinedInput
+from rest_jax.rewards.row_groups import score_rows
 
 Params = Any
 PHASE = "train_reward"
@@ -59,6 +60,8 @@ class RewardTraining:
       samples: a run whose policy draws `samples.growing.sampling.num_samples` translations of each source, labelled by
         `label` and all kept, into reward_dir/samples; None where there are ratings.
       label: the reward that labels them.
+      relative_labels: of these samples; labels are less the mean of their source's, and minus and plus this number
+        become 0 and 1: what is easy to translate is not learned, only which sample is better. None: labels as they are.
       training: steps, batch, schedule; its eval_period and patience say when it stops on Kendall's tau.
       partitioner: the mesh and its rules.
       length: most tokens of an input; longer ones lose their end.
@@ -82,6 +85,7 @@ class RewardTraining:
     ratings: RatingsSource | None = None
     samples: rest_lib.ReST | None = None
     label: Reward | None = None
+    relative_labels: float | None = None
     template: str = WITHOUT_REFERENCE
     held_out: float = 0.1
     max_held_out: int = 4000
@@ -97,6 +101,11 @@ class RewardTraining:
             raise UserError(
                 "RewardTraining: set ratings (a table, errors or a store), or samples and label (a run to draw from, "
                 "and the reward that labels what it draws)."
+            )
+        if self.relative_labels is not None and (self.samples is None or self.relative_labels <= 0):
+            raise UserError(
+                f"RewardTraining.relative_labels is {self.relative_labels}; give a number above 0, with samples. "
+                "Ratings of a store have Store.relative."
             )
         if not 0 < self.held_out < 1 or self.max_held_out < 2:
             raise UserError(
@@ -331,7 +340,10 @@ def _read_ratings(config: RewardTraining, *, stop_requested: Callable[[], bool])
     )
     runner = rest_lib.Runner(samples, stop_requested=stop_requested)
     runner.run([phase for phase in runner.phases if phase.kind in ("bc", "grow")])
-    return Store(directory=str(Path(samples.model_dir) / "grow_1")).read(config.vocabulary)
+    directory, spread = str(Path(samples.model_dir) / "grow_1"), config.relative_labels
+    if spread is None:
+        return Store(directory=directory).read(config.vocabulary)
+    return Store(directory=directory, relative=True, scale=(-spread, spread)).read(config.vocabulary)
 
 
 def _scorer(config: RewardTraining, joined: JoinedInput) -> Callable[[Params, Ratings], npt.NDArray[np.float32]]:
@@ -341,7 +353,7 @@ def _scorer(config: RewardTraining, joined: JoinedInput) -> Callable[[Params, Ra
     @jax.jit
     def rewarded(params: Params, inputs: jax.Array) -> jax.Array:
         network = lambda rows: regress(module, params, rows)[:, 0]  # noqa: E731
-        return regressor.score_rows(network, inputs, rows_per_step=64).clip(0, 1)
+        return score_rows(network, inputs, rows_per_step=64).clip(0, 1)
 
     def score(params: Params, ratings: Ratings) -> npt.NDArray[np.float32]:
         rows = np.zeros((-(-len(ratings) // _SCORED_TOGETHER) * _SCORED_TOGETHER, config.length), np.int32)

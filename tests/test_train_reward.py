@@ -12,6 +12,7 @@ import pytest
 
 from rest_jax import cli
 from rest_jax import train_reward as lib
+from rest_jax.checkpoints import checkpointer
 from rest_jax.data.batching import LengthGroup
 from rest_jax.data.parallel import ParallelData
 from rest_jax.data.ratings import Table
@@ -139,6 +140,10 @@ def test_the_command_writes_its_files_and_refuses_another_configuration(trained,
     assert "another configuration" in capsys.readouterr().err
 
 
+def on_device(params):
+    return checkpointer.put_params(params, Partitioner(make_mesh(devices=jax.devices()[:1])))
+
+
 def test_it_learns_what_the_ratings_say_and_writes_a_reward(trained):
     directory, _, printed = trained
     summary = json.loads((directory / "summary.json").read_text())
@@ -149,7 +154,7 @@ def test_it_learns_what_the_ratings_say_and_writes_a_reward(trained):
     assert lib.format_summary(summary) in printed
     assert summary["failures_below_original"]["empty"] > 0.5
     reward = regressor.Regressor(str(directory))
-    params = reward.init(BYTES)
+    params = on_device(reward.init(BYTES))
 
     def tokens(*texts: str) -> np.ndarray:
         rows = np.zeros((len(texts), 12), np.int32)
@@ -171,7 +176,7 @@ def test_a_stopped_training_ends_with_the_same_reward(trained, table, tmp_path):
     report = lib.train_reward(config(table, tmp_path))
     assert report in printed
     assert lib.train_reward(config(table, tmp_path)) == report  # once there it is not made again
-    params = [regressor.Regressor(str(path)).init(BYTES)["params"] for path in (directory, tmp_path)]
+    params = [on_device(regressor.Regressor(str(path)).init(BYTES))["params"] for path in (directory, tmp_path)]
     jax.tree.map(np.testing.assert_array_equal, *params)
 
 
@@ -219,6 +224,7 @@ def test_with_references_failures_are_made_of_them(table):
     ("fields", "message"),
     [
         ({"ratings": None}, "set ratings"),
+        ({"relative_labels": 0.3}, "relative_labels"),
         ({"held_out": 0.0}, "held_out"),
         ({"synthetic_kinds": ("permuted",)}, "synthetic"),
         ({"template": "{source}"}, "TEMPLATE"),
@@ -264,7 +270,7 @@ def test_a_reward_learns_from_labelled_samples_of_a_policy_and_scores_in_grow(tm
         evaluation=Evaluation(sampling=sampling),
     )
     to_train = config(
-        None, tmp_path / "reward", samples=run, label=ChrF(), training=training, partitioner=partitioner, held_out=0.4
+        None, tmp_path / "reward", samples=run, label=ChrF(), relative_labels=0.3, training=training, held_out=0.4
     )
     assert "held-out" in lib.train_reward(to_train)
     labelled = ScoredStore.open(tmp_path / "reward" / "samples" / "grow_1")
@@ -277,7 +283,7 @@ def test_a_reward_learns_from_labelled_samples_of_a_policy_and_scores_in_grow(tm
     batch = chunk_batch(
         dataset, LengthGroup(indices=np.arange(8), padded_length=8), sources_per_chunk=8, target_length=8
     )
-    reward_params = run.reward.init(BYTES)
+    reward_params = on_device(run.reward.init(BYTES))
     policy = jax.jit(lambda key: initial_params(run.model, key))(jax.random.key(0))
     grown = program(policy, reward_params, partitioner.put_batch(batch), np.uint32(0), np.uint32(1))
     survivors, files = jax.device_get(grown["survivors"]), regressor.read(str(tmp_path / "reward"))

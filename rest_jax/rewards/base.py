@@ -86,7 +86,10 @@ class Reward(Protocol):
         return ()
 
     def init(self, vocabulary: RewardVocabulary) -> RewardParams:
-        """Arrays that `score` needs (tables, weights), passed to the jitted program as an argument."""
+        """Arrays that `score` needs (tables, weights), passed to the jitted program as an argument.
+
+        Large ones as `checkpoints.tensors.LazyTensor`: the run reads them onto its mesh (`checkpointer.put_params`).
+        """
 
     def score(self, params: RewardParams, batch: RewardBatch) -> dict[str, jax.Array]:
         """Components by name, float32 `[batch, num_samples]`. Pure and jit-able: no callback to the host."""

@@ -9,7 +9,6 @@ The score is the network's, cut to [0, 1]. What 0 and 1 mean is what its labels 
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rest_jax import paths
-from rest_jax.checkpoints import checkpointer
+from rest_jax.checkpoints import checkpointer, formats, tensors
 from rest_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from rest_jax.errors import UserError
 from rest_jax.models.regressor import fresh_head, regress, with_head
 from rest_jax.models.t5 import T5Config, Transformer
-from rest_jax.partitioning import Partitioner, make_mesh
 from rest_jax.rewards.base import Reward, RewardBatch, RewardVocabulary
 from rest_jax.rewards.joined_input import JoinedInput
+from rest_jax.rewards.row_groups import score_rows
 
 REWARD_FILE, VOCABULARY_FILE, PARAMS = "reward.json", "vocabulary.model", "params"
 Params = Any
@@ -90,6 +89,11 @@ class Regressor(Reward):
         return "reference" in read(self.directory).joined.fields
 
     def init(self, vocabulary: RewardVocabulary) -> dict[str, Any]:
+        """The network's tensors as they lie in the file, and the EOS at which texts end.
+
+        Raises:
+          UserError: no reward there, or one with another vocabulary.
+        """
         files = read(self.directory)
         sha256 = getattr(vocabulary, "sha256", None)
         if sha256 != files.vocabulary_sha256:
@@ -98,13 +102,14 @@ class Regressor(Reward):
                 f"{files.vocabulary_sha256[:12]}... and {str(sha256)[:12]}...). Train a reward with the policy's: "
                 "python -m rest_jax train_reward with the same VOCABULARY."
             )
-        # On one device, and handed to the mesh by the program: a reward of a policy's size or less is copied to all.
-        params = checkpointer.load_params(
-            str(paths.resolve(self.directory) / PARAMS),
-            abstract_params=files.abstract_params(),
-            partitioner=Partitioner(make_mesh(devices=jax.local_devices()[:1])),
+        opened = formats.open_checkpoint(str(paths.resolve(self.directory) / PARAMS), field="Regressor.directory")
+        tensors.check_same_names_and_shapes(
+            have={name: leaf.shape for name, leaf in opened.tensors.items()},
+            want=tensors.flat_shapes(files.abstract_params()),
+            what=f"Regressor.directory: {self.directory!r}",
+            advice="Train the reward again.",
         )
-        return {"params": jax.tree.map(jnp.asarray, jax.device_get(params)), "eos_id": np.int32(vocabulary.eos_id)}
+        return {"params": tensors.unflatten(opened.tensors), "eos_id": np.int32(vocabulary.eos_id)}
 
     def score(self, params: dict[str, Any], batch: RewardBatch) -> dict[str, jax.Array]:
         files = read(self.directory)
@@ -119,37 +124,6 @@ class Regressor(Reward):
         network = lambda rows: regress(files.module, params["params"], rows)[:, 0]  # noqa: E731
         scores = score_rows(network, inputs, rows_per_step=self.rows_per_step)
         return {self.name: jnp.clip(scores, 0.0, 1.0).reshape(num_sources, num_samples)}
-
-
-def score_rows(score: Callable[[jax.Array], jax.Array], inputs: jax.Array, *, rows_per_step: int) -> jax.Array:
-    """Scores of inputs of any lengths, some at a time, the short ones in narrow arrays.
-
-    Args:
-      score: int32 `[rows, width]`, padded with 0, to float32 `[rows]`; a row's score does not depend on the others.
-      inputs: int32 `[rows, length]`, padded with 0.
-      rows_per_step: rows that go through the network together on each device.
-
-    Returns:
-      float32 `[rows]`.
-    """
-    rows, length = inputs.shape
-    per_step = min(rows_per_step * jax.device_count(), rows)
-    # Rows of like length stand together, longest last; fillers, which are empty, first.
-    fillers = -rows % per_step
-    padded = jnp.pad(inputs, ((fillers, 0), (0, 0)))
-    lengths = jnp.sum(padded > 0, axis=1, dtype=jnp.int32)
-    order = jnp.argsort(lengths, stable=True)
-    groups = padded[order].reshape(-1, per_step, length)
-    widths = sorted({-(-length * eighths // 8) for eighths in (3, 5, 8)})
-
-    def score_group(group: jax.Array) -> jax.Array:
-        longest = jnp.max(jnp.sum(group > 0, axis=1))
-        fitting = jnp.sum(longest > jnp.asarray(widths[:-1], jnp.int32))
-        branches = [lambda group, width=width: score(group[:, :width]) for width in widths]
-        return jax.lax.switch(fitting, branches, group)
-
-    scores = jax.lax.map(score_group, groups).reshape(-1)
-    return jnp.zeros_like(scores).at[order].set(scores)[fillers:]
 
 
 def read(directory: str) -> RegressorFiles:

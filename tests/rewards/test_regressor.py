@@ -6,10 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+from rest_jax.checkpoints import checkpointer
 from rest_jax.data.vocabulary import ByteVocabulary
 from rest_jax.errors import UserError
 from rest_jax.models.regressor import regress
 from rest_jax.models.t5 import T5Config
+from rest_jax.partitioning import Partitioner, make_mesh
 from rest_jax.rewards import regressor
 from rest_jax.rewards.base import check_reward
 from rest_jax.rewards.joined_input import WITH_REFERENCE, WITHOUT_REFERENCE, JoinedInput
@@ -57,16 +59,20 @@ def write(path, template: str) -> str:
     return str(path)
 
 
+def on_device(params):
+    return checkpointer.put_params(params, Partitioner(make_mesh(devices=jax.devices()[:1])))
+
+
 def scores(directory: str, batch, **fields) -> np.ndarray:
     reward = regressor.Regressor(directory, **fields)
-    params = reward.init(BYTES)
+    params = on_device(reward.init(BYTES))
     return np.asarray(reward.combine(jax.jit(reward.score)(params, batch)))
 
 
 def test_scores_are_the_networks_on_the_joined_text(directory):
     files = regressor.read(directory)
     assert files.config == CONFIG
-    params = regressor.Regressor(directory).init(BYTES)["params"]
+    params = on_device(regressor.Regressor(directory).init(BYTES))["params"]
     found = scores(directory, reward_batch())
     network = jax.jit(lambda tokens: regress(files.module, params, tokens)[0, 0])
     for row, source in enumerate(SOURCES):
