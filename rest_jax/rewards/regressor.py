@@ -136,7 +136,7 @@ def read(directory: str) -> RegressorFiles:
     if not path.is_file():
         raise UserError(
             f"Regressor.directory: {directory!r} has no {REWARD_FILE}; give what python -m rest_jax train_reward wrote "
-            "(the folder reward/ of its MODEL_DIR)."
+            "(its REWARD_DIR)."
         )
     values = json.loads(path.read_text(encoding="utf-8"))
     return RegressorFiles(
