@@ -191,6 +191,14 @@ def test_an_added_reward_scores_as_if_it_had_been_there(tmp_path, config):
     assert found.stats["guards"] == {"not_empty": 1, "not_copied": 0}
     assert found.stats["rewards"] == there.stats["rewards"]
     assert_same_samples(found, store)
+    # Once more, without anything to score: what had no value has none now, though its guard's is unknown too.
+    fewer = Guarded(BLEU(), (NotEmpty(), NotCopied()))
+    rescore(dataclasses.replace(config, reward=fewer), store=found, output=tmp_path / "again")
+    again = ScoredStore.open(tmp_path / "again")
+    np.testing.assert_array_equal(np.isnan(again.rewards), ~known)
+    np.testing.assert_array_equal(again.rewards[known], scored(fewer, SAMPLES)[1][known])
+    same = [len(set(row[mask])) <= 1 for row, mask in zip(again.rewards, known, strict=True)]
+    assert again.stats["zero_variance_sources"] == np.mean(same)
 
 
 def test_what_grow_dropped_can_only_be_left_out(tmp_path, config):

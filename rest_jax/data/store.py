@@ -27,12 +27,15 @@ import pyarrow as pa
 
 from rest_jax.data.store_files import (
     DONE_FILE,
+    check_same_columns,
     describe,
     json_ready,
+    matrix_column,
     read_batch,
     read_json,
     read_metadata,
     remedy,
+    sample_count,
     write_batch,
     write_text,
 )
@@ -274,9 +277,9 @@ class ScoredStore:
             raise UserError(f"{directory}: the store has no chunks; run grow first")
         batches = [read_batch(path, promises.get(path.name)) for path in paths]
         for path, batch in zip(paths, batches, strict=True):
-            _check_same_columns(path, batch, paths[0], batches[0])
+            check_same_columns(path, batch, paths[0], batches[0])
         source_ids = np.concatenate([batch.column("source_id").to_numpy() for batch in batches])
-        num_samples = [_sample_count(path, batch) for path, batch in zip(paths, batches, strict=True)]
+        num_samples = [sample_count(path, batch) for path, batch in zip(paths, batches, strict=True)]
         for path, count in zip(paths, num_samples, strict=True):
             if count != num_samples[0]:
                 raise UserError(
@@ -293,7 +296,7 @@ class ScoredStore:
             )
 
         def matrix(name: str) -> npt.NDArray[Any]:  # [S, N]
-            return np.concatenate([_matrix(batch.column(name), num_samples[0]) for batch in batches])[order]
+            return np.concatenate([matrix_column(batch.column(name), num_samples[0]) for batch in batches])[order]
 
         def vector(name: str) -> npt.NDArray[Any]:  # [S]
             return np.concatenate([batch.column(name).to_numpy() for batch in batches])[order]
@@ -322,7 +325,7 @@ class ScoredStore:
         """All survivors as an Arrow table, chunk after chunk, mapped from the files."""
         batches = [read_batch(path, self._promises.get(path.name)) for path in self._row_paths]
         for path, batch in zip(self._row_paths, batches, strict=True):
-            _check_same_columns(path, batch, self._row_paths[0], batches[0])
+            check_same_columns(path, batch, self._row_paths[0], batches[0])
         schema = batches[0].schema.remove_metadata()
         return pa.Table.from_batches([batch.replace_schema_metadata(None) for batch in batches], schema=schema)
 
@@ -487,28 +490,10 @@ def _source_batch(sources: ChunkSources, statistics: Mapping[str, Any]) -> pa.Re
     return batch.replace_schema_metadata({_STATISTICS_KEY: text.encode()})
 
 
-def _check_same_columns(path: Path, batch: pa.RecordBatch, first_path: Path, first: pa.RecordBatch) -> None:
-    if batch.schema != first.schema:  # metadata apart
-        raise UserError(
-            f"{path}: columns {batch.schema.names}, but {first_path.name} has {first.schema.names}; the reward must "
-            f"not change within a Grow step: delete {path.parent} and run grow again"
-        )
-
-
 def _by_component(
     columns: Sequence[str], prefix: str, read: Callable[[str], npt.NDArray[Any]]
 ) -> dict[str, npt.NDArray[Any]]:
     return {name.removeprefix(prefix): read(name) for name in columns if name.startswith(prefix)}
-
-
-def _matrix(column: pa.ListArray, num_samples: int) -> npt.NDArray[Any]:
-    return np.asarray(column.values.to_numpy(zero_copy_only=False)).reshape(-1, num_samples)
-
-
-def _sample_count(path: Path, batch: pa.RecordBatch) -> int:
-    if not batch.num_rows:
-        raise UserError(f"{path}: a chunk without sources; {remedy(path.parent)}")
-    return len(batch.column("rewards").values) // int(batch.num_rows)
 
 
 def _rows_path(sources_path: Path) -> Path:

@@ -14,10 +14,12 @@ import numpy as np
 from rest_jax.data.vocabulary import PAD_ID
 from rest_jax.rewards.base import RewardVocabulary
 
-# Code points are below 0x110000.
+# Code points and NUL are at most 0x110000.
 CODE_BITS = 21
 REPLACEMENT = 0xFFFD
 SPACE, LINE_FEED = ord(" "), ord("\n")
+# What U+0000 reads as, a number that is no code point: 0 stands past the end of a text.
+NUL = 0x110000
 _SENTENCEPIECE_SPACE = "\u2581"
 # Added to a code point to tell it from a place in the table; places are never that small.
 _LITERAL = -(1 << 30)
@@ -120,7 +122,7 @@ def spell(table: CharacterTable, tokens: jax.Array) -> Spelling:
 
 
 def characters(table: CharacterTable, spelling: Spelling, *, max_characters: int) -> jax.Array:
-    """Code points int32 `[rows, max_characters]`, 0 past the end of each text."""
+    """Code points int32 `[rows, max_characters]`, `NUL` for U+0000, 0 past the end of each text."""
     positions = jnp.arange(max_characters, dtype=jnp.int32)
     # [rows, max_characters]: the token that position lies in is the first whose end is past it.
     token = jax.vmap(lambda ends: jnp.searchsorted(ends, positions, side="right"))(spelling.ends)
@@ -143,8 +145,8 @@ def _decode_utf8(
       whitespace_shown: whether whitespace is.
 
     Returns:
-      The code point that starts at each byte (U+FFFD where none does; a space for whitespace but the line feed), and
-      whether it is shown: bytes inside a valid sequence are not.
+      The code point that starts at each byte (U+FFFD where none does; a space for whitespace but the line feed; `NUL`
+      for U+0000), and whether it is shown: bytes inside a valid sequence are not.
     """
     length = byte_values.shape[1]
 
@@ -169,4 +171,5 @@ def _decode_utf8(
     whitespace = jnp.isin(code, jnp.asarray(_WHITESPACE, jnp.int32), method="compare_all")
     starts_one = valid_1 | valid_2 | valid_3 | valid_4 | invalid_bytes_shown
     shown = (byte_values >= 0) & ~covered & starts_one & (whitespace_shown | ~whitespace)
-    return jnp.where(whitespace & (code != LINE_FEED), SPACE, code), shown
+    code = jnp.where(whitespace & (code != LINE_FEED), SPACE, code)
+    return jnp.where(code == 0, NUL, code), shown

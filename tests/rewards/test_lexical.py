@@ -127,6 +127,8 @@ def test_odd_texts_score_as_in_sacrebleu(small_vocabulary, reward):
     # Not only decodable text: the unknown token, and bytes that are no UTF-8.
     byte = [i for i in range(small_vocabulary.vocab_size) if small_vocabulary.is_byte(i)]
     encoded += [[2], [2, 2, 2], byte[0xE0:0xF4], [byte[0x80], byte[0xC3], *encoded[3]]]
+    # A policy may draw U+0000, which is a character like others.
+    encoded += [[byte[0]], [*encoded[3], byte[0], byte[0], *encoded[3], byte[0]]]
     references = padded(encoded)
     samples = np.broadcast_to(references, (len(encoded), *references.shape))  # each against each
     np.testing.assert_allclose(
