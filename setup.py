@@ -10,6 +10,8 @@ SEQIO = [
     "tensorflow-datasets>=4.9.9",
 ]
 
+EMBEDDINGS = ["tokenizers>=0.22"]
+
 setup(
     name="rest_jax",
     version="0.1.0",
@@ -52,6 +54,8 @@ setup(
         "seqio": SEQIO,
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
-        "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools>=77"],
+        # Reads the tokenizer.json of a model2vec model: rewards.embeddings alone needs it.
+        "embeddings": EMBEDDINGS,
+        "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools>=77", *EMBEDDINGS],
     },
 )

@@ -87,5 +87,14 @@ class JoinedInput:
         return jnp.take_along_axis(spread, order, axis=1)
 
 
+def without_prefix(tokens: jax.Array, prefix: jax.Array) -> jax.Array:
+    """int32 `[rows, length]` without the `prefix` `[P]` of the rows that start with it, 0 in its place at the end."""
+    size = prefix.shape[0]
+    if not size or size > tokens.shape[1]:
+        return tokens
+    starts = jnp.all(tokens[:, :size] == prefix, axis=1, keepdims=True)
+    return jnp.where(starts, jnp.pad(tokens[:, size:], ((0, 0), (0, size))), tokens)
+
+
 def _constant(tokens: Sequence[int], rows: int) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(tokens, jnp.int32).reshape(1, -1), (rows, len(tokens)))

@@ -19,7 +19,7 @@ from rest_jax.errors import UserError
 from rest_jax.models.regressor import regress
 from rest_jax.models.t5 import T5Config, Transformer
 from rest_jax.rewards.base import Reward, RewardBatch, RewardVocabulary
-from rest_jax.rewards.joined_input import JoinedInput
+from rest_jax.rewards.joined_input import JoinedInput, without_prefix
 from rest_jax.rewards.row_groups import score_rows
 
 MAX_ERROR = 25.0
@@ -125,7 +125,7 @@ class MetricX(Reward):
         return {
             "network": tensors.unflatten(network),
             "constants": [np.asarray(constant, np.int32) for constant in joined.constants],
-            "source_prefix": np.asarray(own.encode(self.source_prefix.strip()), np.int32),
+            "source_prefix": np.asarray(vocabulary.encode(self.source_prefix.strip()), np.int32),
             "eos_id": np.int32(own.eos_id),
         }
 
@@ -148,15 +148,6 @@ class MetricX(Reward):
         errors = score_rows(lambda rows: regress(module, network, rows)[:, 0], inputs, rows_per_step=self.rows_per_step)
         rewards = 1.0 - jnp.clip(errors, 0.0, MAX_ERROR) / MAX_ERROR
         return {self.name: rewards.reshape(num_sources, num_samples)}
-
-
-def without_prefix(tokens: jax.Array, prefix: jax.Array) -> jax.Array:
-    """int32 `[rows, length]` without the `prefix` `[P]` of the rows that start with it, 0 in its place at the end."""
-    size = prefix.shape[0]
-    if not size or size > tokens.shape[1]:
-        return tokens
-    starts = jnp.all(tokens[:, :size] == prefix, axis=1, keepdims=True)
-    return jnp.where(starts, jnp.pad(tokens[:, size:], ((0, 0), (0, size))), tokens)
 
 
 def _fields(template: str) -> tuple[str, ...]:

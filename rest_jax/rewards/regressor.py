@@ -68,7 +68,7 @@ class Regressor(Reward):
 
     Attributes:
       directory: what `train_reward` wrote.
-      rows_per_step: samples that are encoded together on a device; bounds memory.
+      rows_per_step: samples that are encoded together on a data shard; bounds memory.
       label: its name in the store, where a run has several.
     """
 

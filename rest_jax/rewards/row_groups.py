@@ -7,8 +7,10 @@ import jax.numpy as jnp
 
 from rest_jax.partitioning import num_trace_shards, over_batch_axes
 
-# Widths that a group's array may have, as eighths of the widest: each is one more branch to compile.
-_EIGHTHS = (2, 3, 4, 6, 8)
+# Widths that a group's array may have, as sixteenths of the widest, but no less than 32 tokens: each is one more branch
+# to compile.
+_SIXTEENTHS = (1, 2, 4, 6, 8, 12, 16)
+_NARROWEST = 32
 
 
 def score_rows(score: Callable[[jax.Array], jax.Array], inputs: jax.Array, *, rows_per_step: int) -> jax.Array:
@@ -37,7 +39,8 @@ def score_rows(score: Callable[[jax.Array], jax.Array], inputs: jax.Array, *, ro
     # [groups, shards, per_step, length], the longest last
     groups = jnp.moveaxis(in_order.reshape(shards, -1, per_step, length), 1, 0)
     groups = over_batch_axes(groups, axis=1)
-    widths = sorted({-(-length * eighths // 8) for eighths in _EIGHTHS})
+    steps = (-(-length * sixteenths // 16) for sixteenths in _SIXTEENTHS)
+    widths = sorted({width for width in steps if width >= min(_NARROWEST, length)})
 
     def score_group(group: jax.Array) -> jax.Array:
         tokens = over_batch_axes(group.reshape(shards * per_step, length))
