@@ -14,7 +14,7 @@ import pytest
 from rest_jax import cli
 from rest_jax import train_reward as lib
 from rest_jax.checkpoints import checkpointer
-from rest_jax.data.batching import LengthGroup
+from rest_jax.data.batching import BatchPlan, LengthGroup, MixtureSpec
 from rest_jax.data.parallel import ParallelData
 from rest_jax.data.ratings import Table
 from rest_jax.data.store import ScoredStore
@@ -29,11 +29,13 @@ from rest_jax.models.encoder_decoder import EncoderDecoderModel
 from rest_jax.models.initial_params import initial_params
 from rest_jax.models.regressor import regress
 from rest_jax.models.t5 import T5Config, Transformer
+from rest_jax.objectives import squared_error
 from rest_jax.optimizers import adamw, constant
 from rest_jax.partitioning import Partitioner, make_mesh
 from rest_jax.rest import ReST
 from rest_jax.rewards import regressor
 from rest_jax.rewards.base import Reward
+from rest_jax.rewards.joined_input import JoinedInput
 from rest_jax.sampling.scored import Sampling, chunk_batch
 from rest_jax.training import Training
 
@@ -113,9 +115,8 @@ reward/training.Training:
   schedule = @optimizers.constant
   checkpoint_period = 20
   log_period = 20
-train_reward.RewardTraining:
-  template = '{source}:{sample}'
-  held_out = 0.3
+REWARD_TEMPLATE = '{source}:{sample}'
+train_reward.RewardTraining.held_out = 0.3
 """
 
 
@@ -221,6 +222,28 @@ def test_with_references_failures_are_made_of_them(table):
     )
 
 
+@pytest.mark.parametrize("template", ["{source}:{sample}", "{source}"])
+def test_the_loss_is_that_of_the_scores_that_the_reward_gives(table, template):
+    """Packed rows in training, single ones in scoring; the sample in the encoder, or in the decoder."""
+    ratings = table.read(BYTES).take(np.arange(12))
+    joined, model = JoinedInput.from_template(template, BYTES), EncoderDecoderModel(Transformer(CONFIG), BYTES, BYTES)
+    params = jax.jit(lambda key: regressor.initial_regressor(model.module, key))(jax.random.key(0))
+    examples = lib._examples(ratings, joined=joined, eos_id=1)
+    plan = BatchPlan(MixtureSpec.single(examples), batch_size=8, source_length=64, target_length=30, pack=True, seed=0)
+    assert plan.steps_in_epoch(0) == 1
+    batch = plan.batch(0)
+    loss, sums = jax.jit(lambda params, batch: squared_error(model, params, batch, None))(params, batch)
+    rows = np.zeros((12, 64), np.int32)
+    for row, encoder, sample in zip(rows, examples.joined, ratings.hypotheses, strict=True):
+        whole = [*encoder, 1, *sample] if joined.sample_in_decoder else encoder
+        row[: len(whole)] = whole
+    scores = jax.jit(
+        lambda rows: regressor.score_inputs(model.module, params, rows, joined=joined, eos_id=1, rows_per_step=12)
+    )(rows)
+    assert sums["weight_sum"] == 12
+    np.testing.assert_allclose(loss, np.sum((np.asarray(scores) - ratings.scores) ** 2), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -228,7 +251,7 @@ def test_with_references_failures_are_made_of_them(table):
         ({"relative_labels": 0.3}, "relative_labels"),
         ({"held_out": 0.0}, "held_out"),
         ({"synthetic_kinds": ("permuted",)}, "synthetic"),
-        ({"template": "{source}"}, "TEMPLATE"),
+        ({"template": "{nothing}"}, "TEMPLATE"),
         ({"length": 2}, "length is 2"),
         ({"initial_checkpoint_path": "/nowhere"}, "nowhere"),
         ({"held_out": 1e-9}, "too few to hold out"),

@@ -23,7 +23,7 @@ from rest_jax.errors import UserError
 from rest_jax.models.regressor import fresh_head, regress, with_head
 from rest_jax.models.t5 import T5Config, Transformer
 from rest_jax.rewards.base import Reward, RewardBatch, RewardVocabulary
-from rest_jax.rewards.joined_input import JoinedInput
+from rest_jax.rewards.joined_input import JoinedInput, split
 from rest_jax.rewards.row_groups import score_rows
 
 REWARD_FILE, VOCABULARY_FILE, PARAMS = "reward.json", "vocabulary.model", "params"
@@ -121,9 +121,36 @@ class Regressor(Reward):
         texts = {name: jnp.repeat(tokens, num_samples, axis=0) for name, tokens in fields.items()}
         texts["sample"] = samples.reshape(num_sources * num_samples, -1)
         inputs = files.joined.join_rows(texts, eos_id=params["eos_id"])[:, : files.length]
-        network = lambda rows: regress(files.module, params["params"], rows)[:, 0]  # noqa: E731
-        scores = score_rows(network, inputs, rows_per_step=self.rows_per_step)
+        scores = score_inputs(
+            files.module,
+            params["params"],
+            inputs,
+            joined=files.joined,
+            eos_id=params["eos_id"],
+            rows_per_step=self.rows_per_step,
+        )
         return {self.name: jnp.clip(scores, 0.0, 1.0).reshape(num_sources, num_samples)}
+
+
+def score_inputs(
+    module: Transformer,
+    params: Params,
+    inputs: jax.Array,
+    *,
+    joined: JoinedInput,
+    eos_id: jax.typing.ArrayLike,
+    rows_per_step: int,
+) -> jax.Array:
+    """The network's scores float32 `[rows]` of joined inputs int32 `[rows, length]` (`joined_input`, `row_groups`)."""
+
+    def network(rows: jax.Array) -> jax.Array:
+        if not joined.sample_in_decoder:
+            return regress(module, params, rows)[:, 0]
+        source, sample, last = split(rows, eos_id=eos_id)
+        scores = regress(module, params, source, decoder_input_tokens=sample)
+        return jnp.take_along_axis(scores, last[:, None], axis=1)[:, 0]
+
+    return score_rows(network, inputs, rows_per_step=rows_per_step)
 
 
 def read(directory: str) -> RegressorFiles:
