@@ -109,15 +109,15 @@ def test_rewards_do_not_depend_on_padding_or_company(data):
     samples = data.draw(st.lists(st.lists(TEXT, min_size=4, max_size=4), min_size=8, max_size=8))
     sources, references = (data.draw(st.lists(TEXT, min_size=8, max_size=8)) for _ in range(2))
 
-    def score(chosen, *, length):
+    def score(chosen, *, num_samples, length):
         batch = {
-            "samples": np.stack([tokens(samples[i], length) for i in chosen]),
+            "samples": np.stack([tokens(samples[i][-num_samples:], length) for i in chosen]),
             "sources": tokens([sources[i] for i in chosen], length),
             "references": tokens([references[i] for i in chosen], length),
         }
         return jax.device_get(PROGRAM(PARAMS, batch))
 
-    whole = score(range(8), length=48)
-    for chosen, length in ((range(8), 64), ([5], 48)):
-        for name, values in score(chosen, length=length).items():
-            np.testing.assert_array_equal(values, whole[name][list(chosen)], err_msg=name)
+    whole = score(range(8), num_samples=4, length=48)
+    for chosen, num_samples, length in ((range(8), 4, 64), ([5], 1, 48)):
+        for name, values in score(chosen, num_samples=num_samples, length=length).items():
+            np.testing.assert_array_equal(values, whole[name][list(chosen), -num_samples:], err_msg=name)
