@@ -26,7 +26,7 @@ from rest_jax.evaluation.agreement import agreement, kendall
 from rest_jax.filters import Threshold
 from rest_jax.models.encoder_decoder import EncoderDecoderModel
 from rest_jax.models.initial_params import initial_params
-from rest_jax.models.regressor import fresh_head, regress, with_head
+from rest_jax.models.regressor import fresh_head, with_head
 from rest_jax.objectives import squared_error
 from rest_jax.partitioning import Partitioner
 from rest_jax.reporting.metrics_writer import MetricsWriter
@@ -35,7 +35,6 @@ from rest_jax.rewards import regressor
 from rest_jax.rewards.base import Reward
 from rest_jax.rewards.corruptions import CORRUPTIONS, length_agreement
 from rest_jax.rewards.joined_input import WITHOUT_REFERENCE, JoinedInput
-from rest_jax.rewards.row_groups import score_rows
 
 Params = Any
 PHASE = "train_reward"
@@ -60,10 +59,13 @@ class RewardTraining:
       samples: a run whose policy draws `samples.growing.sampling.num_samples` translations of each source, labelled by
         `label` and all kept, into reward_dir/samples; None where there are ratings.
       label: the reward that labels them.
+      relative_labels: of these samples; labels are less the mean of their source's, and minus and plus this number
+        become 0 and 1: what is easy to translate is not learned, only which sample is better. None: labels as they are.
       training: steps, batch, schedule; its eval_period and patience say when it stops on Kendall's tau.
       partitioner: the mesh and its rules.
       length: most tokens of an input; longer ones lose their end.
-      template: the input; see `rewards.joined_input`.
+      template: the encoder's input; see `rewards.joined_input`. Without `{sample}` the decoder reads that, which knows
+        from a policy's checkpoint how translations of the source go on.
       held_out: the share of the sources whose ratings are held out.
       max_held_out: most ratings that are held out.
       synthetic: synthetic failures by ratings, in training.
@@ -83,6 +85,7 @@ class RewardTraining:
     ratings: RatingsSource | None = None
     samples: rest_lib.ReST | None = None
     label: Reward | None = None
+    relative_labels: float | None = None
     template: str = WITHOUT_REFERENCE
     held_out: float = 0.1
     max_held_out: int = 4000
@@ -98,6 +101,11 @@ class RewardTraining:
             raise UserError(
                 "RewardTraining: set ratings (a table, errors or a store), or samples and label (a run to draw from, "
                 "and the reward that labels what it draws)."
+            )
+        if self.relative_labels is not None and (self.samples is None or self.relative_labels <= 0):
+            raise UserError(
+                f"RewardTraining.relative_labels is {self.relative_labels}; give a number above 0, with samples. "
+                "Ratings of a store have Store.relative."
             )
         if not 0 < self.held_out < 1 or self.max_held_out < 2:
             raise UserError(
@@ -170,6 +178,7 @@ def train_reward(config: RewardTraining, *, stop_requested: Callable[[], bool] =
     score = _scorer(config, joined)
     module, training = config.model.module, dataclasses.replace(config.training, objective=squared_error)
     abstract = jax.eval_shape(lambda key: regressor.initial_regressor(module, key), jax.random.key(0))
+    steps = config.length if joined.sample_in_decoder else MAX_PACKED if training.pack else 1
     with MetricsWriter(directory, enabled=jax.process_index() == 0) as writer:
         result = training_lib.fit(
             directory=directory / "training",
@@ -179,7 +188,7 @@ def train_reward(config: RewardTraining, *, stop_requested: Callable[[], bool] =
             initial_params=lambda: _initial_params(config),
             abstract_params=abstract,
             mixture=MixtureSpec(tuple(parts), tuple(map(len, parts))),
-            lengths={"inputs": config.length, "targets": MAX_PACKED if training.pack else 1},
+            lengths={"inputs": config.length, "targets": steps},
             mean_reward=lambda params: kendall(score(params, held), held.scores),
             initial_reward=None,
             seed=rest_lib.phase_seed(config.seed, PHASE),
@@ -263,14 +272,14 @@ def format_summary(summary: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Examples:
-    """Labelled inputs, as `data.batching.LabelledExamples`; the target is one step of the decoder."""
+    """Labelled inputs, as `data.batching.LabelledExamples`; the target is what the decoder reads, or its one step."""
 
     source_ids: npt.NDArray[np.int64]
     source_lengths: npt.NDArray[np.int32]
     target_lengths: npt.NDArray[np.int32]
     labels: npt.NDArray[np.float32]
     joined: Sequence[npt.NDArray[np.int32]]
-    step: npt.NDArray[np.int32]
+    samples: Sequence[npt.NDArray[np.int32]]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -279,19 +288,21 @@ class _Examples:
         return self.joined[index]
 
     def targets(self, index: int) -> npt.NDArray[np.int32]:
-        del index
-        return self.step
+        return self.samples[index]
 
 
 def _examples(ratings: Ratings, *, joined: JoinedInput, eos_id: int) -> _Examples:
     inputs = _inputs(ratings, joined)
+    nothing = np.zeros(0, np.int32)
+    read = ratings.hypotheses if joined.sample_in_decoder else [nothing] * len(ratings)
+    samples = [np.append(tokens, np.int32(eos_id)) for tokens in read]
     return _Examples(
         source_ids=np.arange(len(ratings), dtype=np.int64),
         source_lengths=np.asarray([len(tokens) for tokens in inputs], np.int32),
-        target_lengths=np.ones(len(ratings), np.int32),
+        target_lengths=np.asarray([len(tokens) for tokens in samples], np.int32),
         labels=ratings.scores,
         joined=inputs,
-        step=np.asarray([eos_id], np.int32),
+        samples=samples,
     )
 
 
@@ -332,22 +343,26 @@ def _read_ratings(config: RewardTraining, *, stop_requested: Callable[[], bool])
     )
     runner = rest_lib.Runner(samples, stop_requested=stop_requested)
     runner.run([phase for phase in runner.phases if phase.kind in ("bc", "grow")])
-    return Store(directory=str(Path(samples.model_dir) / "grow_1")).read(config.vocabulary)
+    directory, spread = str(Path(samples.model_dir) / "grow_1"), config.relative_labels
+    if spread is None:
+        return Store(directory=directory).read(config.vocabulary)
+    return Store(directory=directory, relative=True, scale=(-spread, spread)).read(config.vocabulary)
 
 
 def _scorer(config: RewardTraining, joined: JoinedInput) -> Callable[[Params, Ratings], npt.NDArray[np.float32]]:
     """`(params, ratings) -> scores float32 [rows]`, as the reward gives them."""
-    module = config.model.module
+    module, eos_id = config.model.module, config.vocabulary.eos_id
 
     @jax.jit
     def rewarded(params: Params, inputs: jax.Array) -> jax.Array:
-        network = lambda rows: regress(module, params, rows)[:, 0]  # noqa: E731
-        return score_rows(network, inputs, rows_per_step=64).clip(0, 1)
+        scores = regressor.score_inputs(module, params, inputs, joined=joined, eos_id=eos_id, rows_per_step=64)
+        return scores.clip(0, 1)
 
     def score(params: Params, ratings: Ratings) -> npt.NDArray[np.float32]:
         rows = np.zeros((-(-len(ratings) // _SCORED_TOGETHER) * _SCORED_TOGETHER, config.length), np.int32)
-        for row, tokens in zip(rows, _inputs(ratings, joined), strict=False):
-            row[: len(tokens)] = tokens[: config.length]
+        for row, tokens, sample in zip(rows, _inputs(ratings, joined), ratings.hypotheses, strict=False):
+            whole = [*tokens, eos_id, *sample] if joined.sample_in_decoder else tokens
+            row[: len(whole)] = whole[: config.length]
         blocks = rows.reshape(-1, _SCORED_TOGETHER, config.length)
         return np.concatenate([jax.device_get(rewarded(params, block)) for block in blocks])[: len(ratings)]
 

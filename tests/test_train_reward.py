@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rest_jax import cli
 from rest_jax import train_reward as lib
-from rest_jax.data.batching import LengthGroup
+from rest_jax.checkpoints import checkpointer
+from rest_jax.data.batching import BatchPlan, LengthGroup, MixtureSpec
 from rest_jax.data.parallel import ParallelData
 from rest_jax.data.ratings import Table
 from rest_jax.data.store import ScoredStore
@@ -27,11 +29,13 @@ from rest_jax.models.encoder_decoder import EncoderDecoderModel
 from rest_jax.models.initial_params import initial_params
 from rest_jax.models.regressor import regress
 from rest_jax.models.t5 import T5Config, Transformer
+from rest_jax.objectives import squared_error
 from rest_jax.optimizers import adamw, constant
 from rest_jax.partitioning import Partitioner, make_mesh
 from rest_jax.rest import ReST
 from rest_jax.rewards import regressor
-from rest_jax.rewards.chrf import ChrF
+from rest_jax.rewards.base import Reward
+from rest_jax.rewards.joined_input import JoinedInput
 from rest_jax.sampling.scored import Sampling, chunk_batch
 from rest_jax.training import Training
 
@@ -111,9 +115,8 @@ reward/training.Training:
   schedule = @optimizers.constant
   checkpoint_period = 20
   log_period = 20
-train_reward.RewardTraining:
-  template = '{source}:{sample}'
-  held_out = 0.3
+REWARD_TEMPLATE = '{source}:{sample}'
+train_reward.RewardTraining.held_out = 0.3
 """
 
 
@@ -139,6 +142,10 @@ def test_the_command_writes_its_files_and_refuses_another_configuration(trained,
     assert "another configuration" in capsys.readouterr().err
 
 
+def on_device(params):
+    return checkpointer.put_params(params, Partitioner(make_mesh(devices=jax.devices()[:1])))
+
+
 def test_it_learns_what_the_ratings_say_and_writes_a_reward(trained):
     directory, _, printed = trained
     summary = json.loads((directory / "summary.json").read_text())
@@ -149,7 +156,7 @@ def test_it_learns_what_the_ratings_say_and_writes_a_reward(trained):
     assert lib.format_summary(summary) in printed
     assert summary["failures_below_original"]["empty"] > 0.5
     reward = regressor.Regressor(str(directory))
-    params = reward.init(BYTES)
+    params = on_device(reward.init(BYTES))
 
     def tokens(*texts: str) -> np.ndarray:
         rows = np.zeros((len(texts), 12), np.int32)
@@ -171,7 +178,7 @@ def test_a_stopped_training_ends_with_the_same_reward(trained, table, tmp_path):
     report = lib.train_reward(config(table, tmp_path))
     assert report in printed
     assert lib.train_reward(config(table, tmp_path)) == report  # once there it is not made again
-    params = [regressor.Regressor(str(path)).init(BYTES)["params"] for path in (directory, tmp_path)]
+    params = [on_device(regressor.Regressor(str(path)).init(BYTES))["params"] for path in (directory, tmp_path)]
     jax.tree.map(np.testing.assert_array_equal, *params)
 
 
@@ -215,13 +222,36 @@ def test_with_references_failures_are_made_of_them(table):
     )
 
 
+@pytest.mark.parametrize("template", ["{source}:{sample}", "{source}"])
+def test_the_loss_is_that_of_the_scores_that_the_reward_gives(table, template):
+    """Packed rows in training, single ones in scoring; the sample in the encoder, or in the decoder."""
+    ratings = table.read(BYTES).take(np.arange(12))
+    joined, model = JoinedInput.from_template(template, BYTES), EncoderDecoderModel(Transformer(CONFIG), BYTES, BYTES)
+    params = jax.jit(lambda key: regressor.initial_regressor(model.module, key))(jax.random.key(0))
+    examples = lib._examples(ratings, joined=joined, eos_id=1)
+    plan = BatchPlan(MixtureSpec.single(examples), batch_size=8, source_length=64, target_length=30, pack=True, seed=0)
+    assert plan.steps_in_epoch(0) == 1
+    batch = plan.batch(0)
+    loss, sums = jax.jit(lambda params, batch: squared_error(model, params, batch, None))(params, batch)
+    rows = np.zeros((12, 64), np.int32)
+    for row, encoder, sample in zip(rows, examples.joined, ratings.hypotheses, strict=True):
+        whole = [*encoder, 1, *sample] if joined.sample_in_decoder else encoder
+        row[: len(whole)] = whole
+    scores = jax.jit(
+        lambda rows: regressor.score_inputs(model.module, params, rows, joined=joined, eos_id=1, rows_per_step=12)
+    )(rows)
+    assert sums["weight_sum"] == 12
+    np.testing.assert_allclose(loss, np.sum((np.asarray(scores) - ratings.scores) ** 2), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"ratings": None}, "set ratings"),
+        ({"relative_labels": 0.3}, "relative_labels"),
         ({"held_out": 0.0}, "held_out"),
         ({"synthetic_kinds": ("permuted",)}, "synthetic"),
-        ({"template": "{source}"}, "TEMPLATE"),
+        ({"template": "{nothing}"}, "TEMPLATE"),
         ({"length": 2}, "length is 2"),
         ({"initial_checkpoint_path": "/nowhere"}, "nowhere"),
         ({"held_out": 1e-9}, "too few to hold out"),
@@ -242,6 +272,18 @@ class TokenisedData(ParallelData):
         return TokenDataset.open(self.directory)
 
 
+@dataclasses.dataclass(frozen=True)
+class Shortness(Reward):
+    """Compiles faster than chrF."""
+
+    @property
+    def name(self) -> str:
+        return "shortness"
+
+    def score(self, params, batch):
+        return {self.name: jnp.mean(batch["samples"] == 0, axis=-1, dtype=jnp.float32)}
+
+
 def test_a_reward_learns_from_labelled_samples_of_a_policy_and_scores_in_grow(tmp_path):
     rows = [
         TokenRow([*BYTES.encode(text), 1], [*BYTES.encode(text), 1], text, text) for text in map(str, range(900, 940))
@@ -250,25 +292,29 @@ def test_a_reward_learns_from_labelled_samples_of_a_policy_and_scores_in_grow(tm
     partitioner = Partitioner(make_mesh(devices=jax.devices()[:1]))
     sampling = Sampling(num_samples=2, sources_per_chunk=40)
     training = Training(steps=1, batch_size=4, learning_rate=1e-3, optimizer=adamw)
+    model = EncoderDecoderModel(Transformer(CONFIG), BYTES, BYTES)
+    policy = jax.jit(lambda key: initial_params(model, key))(jax.random.key(0))
+    checkpointer.save_params(tmp_path / "policy", policy)
     run = ReST(
         model_dir=str(tmp_path / "run"),
-        model=EncoderDecoderModel(Transformer(CONFIG), BYTES, BYTES),
+        model=model,
+        initial_checkpoint_path=str(tmp_path / "policy"),
         data=TokenisedData(
             task="t", vocabulary=BYTES, lengths={"inputs": 8, "targets": 8}, directory=tmp_path / "data"
         ),
         reward=regressor.Regressor(str(tmp_path / "reward")),
         partitioner=partitioner,
-        bc=training,
+        bc=dataclasses.replace(training, steps=0),
         growing=Growing(sampling=sampling, filter=Threshold(0.9)),
         improving=Improving(training=training, schedule=Constant(Threshold(0.0))),
         evaluation=Evaluation(sampling=sampling),
     )
     to_train = config(
-        None, tmp_path / "reward", samples=run, label=ChrF(), training=training, partitioner=partitioner, held_out=0.4
+        None, tmp_path / "reward", samples=run, label=Shortness(), relative_labels=0.3, training=training, held_out=0.4
     )
     assert "held-out" in lib.train_reward(to_train)
     labelled = ScoredStore.open(tmp_path / "reward" / "samples" / "grow_1")
-    assert labelled.stats["reward"] == "chrf"
+    assert labelled.stats["reward"] == "shortness"
     np.testing.assert_array_equal(labelled.stored, labelled.valid)  # whatever the run's own filter
 
     growing = Growing(sampling=dataclasses.replace(sampling, sources_per_chunk=8), filter=Threshold(-1.0))
@@ -277,8 +323,7 @@ def test_a_reward_learns_from_labelled_samples_of_a_policy_and_scores_in_grow(tm
     batch = chunk_batch(
         dataset, LengthGroup(indices=np.arange(8), padded_length=8), sources_per_chunk=8, target_length=8
     )
-    reward_params = run.reward.init(BYTES)
-    policy = jax.jit(lambda key: initial_params(run.model, key))(jax.random.key(0))
+    reward_params = on_device(run.reward.init(BYTES))
     grown = program(policy, reward_params, partitioner.put_batch(batch), np.uint32(0), np.uint32(1))
     survivors, files = jax.device_get(grown["survivors"]), regressor.read(str(tmp_path / "reward"))
     kept, inputs = int(grown["kept"][0]), np.zeros((16, 40), np.int32)

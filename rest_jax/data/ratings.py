@@ -198,11 +198,13 @@ class Store:
     Attributes:
       directory: of a finished Grow step, MODEL_DIR/grow_1.
       component: the label, as the store names it; None for the total reward.
-      scale: the labels that become 0 and 1.
+      relative: labels are less the mean of their source's, so that nothing is learned about which sources are easy.
+      scale: the labels that become 0 and 1; where they are relative, (-0.3, 0.3), say.
     """
 
     directory: str
     component: str | None = None
+    relative: bool = False
     scale: tuple[float, float] | None = (0.0, 1.0)
 
     def __post_init__(self) -> None:
@@ -225,11 +227,15 @@ class Store:
         known = np.flatnonzero(~np.isnan(labels))
         if not known.size:
             raise UserError(f"{self.directory}: no sample has a label; loosen GROW_FILTER and grow again.")
+        scores = labels[known].astype(np.float64)
+        if self.relative:
+            _, who = np.unique(rows.source_ids[known], return_inverse=True)
+            scores -= (np.bincount(who, weights=scores) / np.bincount(who))[who]
         return Ratings(
             sources=[_before_eos(rows.inputs(int(row)), vocabulary) for row in known],
             hypotheses=[_before_eos(rows.targets(int(row)), vocabulary) for row in known],
             references=None,
-            scores=_to_scale(labels[known].astype(np.float64), self.scale),
+            scores=_to_scale(scores, self.scale),
         )
 
 

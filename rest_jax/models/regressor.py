@@ -1,8 +1,9 @@
 """A T5 that scores: MetricX's form (Juraska et al. 2023, 2024), on the network and the parameter tree of `t5.py`.
 
 The encoder reads source and translation, the decoder makes one step on token 0, and one row of an untied head gives the
-score. So the tree is a Transformer's whose `decoder/logits_dense/kernel` is `[emb_dim, 1]`; nothing is scaled by
-1/sqrt(emb_dim), whatever `logits_via_embedding` says.
+score. Or the decoder reads the translation, as a policy's does, and its last step gives the score. So the tree is a
+Transformer's whose `decoder/logits_dense/kernel` is `[emb_dim, 1]`; nothing is scaled by 1/sqrt(emb_dim), whatever
+`logits_via_embedding` says.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ def regress(
     params: Params,
     encoder_input_tokens: jax.Array,
     *,
+    decoder_input_tokens: jax.Array | None = None,
     encoder_segment_ids: jax.Array | None = None,
     decoder_segment_ids: jax.Array | None = None,
     dropout_rng: jax.Array | None = None,
@@ -35,26 +37,27 @@ def regress(
       module: the network; of its head only the one row is read.
       params: its tree with a head of one row.
       encoder_input_tokens: int `[rows, length]`, 0 is padding.
-      encoder_segment_ids: int `[rows, length]` where several inputs are packed in a row, as `data.packing` does.
-      decoder_segment_ids: int `[rows, steps]`, the input that each score is of; 0 for none.
+      decoder_input_tokens: int `[rows, steps]`, what the decoder reads, from token 0 on; None for steps on it alone.
+      encoder_segment_ids, decoder_segment_ids: int `[rows, length]` and `[rows, steps]` where several inputs are packed
+        in a row, as `data.packing` does; 0 for none.
       dropout_rng: key for dropout; None for none.
 
     Returns:
-      float32 `[rows, steps]`; `[rows, 1]` where rows are not packed.
+      float32 `[rows, steps]`, of what the encoder read and the decoder up to this step.
     """
-    if decoder_segment_ids is None:
-        decoder_segment_ids, encoder_segment_ids = jnp.ones((len(encoder_input_tokens), 1), jnp.int32), None
-    packed = decoder_segment_ids if encoder_segment_ids is not None else None
+    if decoder_input_tokens is None:
+        shape = (len(encoder_input_tokens), 1) if decoder_segment_ids is None else decoder_segment_ids.shape
+        decoder_input_tokens = jnp.zeros(shape, jnp.int32)
+    steps = jnp.ones_like(decoder_input_tokens) if decoder_segment_ids is None else decoder_segment_ids
     enable_dropout = dropout_rng is not None
 
     def decoder_states(module: Any) -> jax.Array:
         # [rows, length] -> [rows, length, emb_dim] -> [rows, steps, emb_dim]
         encoded = module.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout)
-        steps = decoder_segment_ids > 0
-        # A step sees itself alone: with packing, the one step of its segment.
-        mask = pair_mask(steps, steps, None, None) & np.eye(steps.shape[1], dtype=bool)
-        cross_mask = pair_mask(steps, encoder_input_tokens > 0, packed, encoder_segment_ids)
-        start = module.token_embedder(jnp.zeros_like(decoder_segment_ids))
+        mask = pair_mask(steps > 0, steps > 0, decoder_segment_ids, decoder_segment_ids)
+        mask &= np.tril(np.ones((steps.shape[1],) * 2, bool))
+        cross_mask = pair_mask(steps > 0, encoder_input_tokens > 0, decoder_segment_ids, encoder_segment_ids)
+        start = module.token_embedder(decoder_input_tokens)
         return module.decoder(start, encoded, mask, cross_mask, enable_dropout)
 
     # The decoder without its head, which has a row for each of the vocabulary's ids.

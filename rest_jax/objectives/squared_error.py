@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rest_jax.data.vocabulary import eos_id_of
 from rest_jax.models.regressor import regress
 
 
@@ -17,8 +18,7 @@ def squared_error(
     Args:
       model: whose `module` is the network.
       params: a regressor's (`models.regressor`).
-      batch: `encoder_input_tokens [batch, length]`, `decoder_target_labels [batch, steps]` with weights
-        `decoder_loss_weights`, and where rows are packed `encoder_segment_ids`, `decoder_segment_ids`.
+      batch: features of `data.batching`, with `decoder_target_labels [batch, steps]`; every target ends in EOS.
       dropout_rng: key for dropout; None for none.
 
     Returns:
@@ -29,11 +29,14 @@ def squared_error(
         model.module,
         params,
         batch["encoder_input_tokens"],
+        decoder_input_tokens=batch["decoder_input_tokens"],
         encoder_segment_ids=batch.get("encoder_segment_ids"),
         decoder_segment_ids=batch.get("decoder_segment_ids"),
         dropout_rng=dropout_rng,
     )
-    weights = batch["decoder_loss_weights"]
+    # The score is that of the step at which the target ends.
+    ends = batch["decoder_target_tokens"] == eos_id_of(model.output_vocabulary)
+    weights = batch["decoder_loss_weights"] * ends
     loss = jnp.sum(weights * jnp.square(scores - batch["decoder_target_labels"]))
     tokens = jnp.sum(batch["encoder_input_tokens"] > 0, dtype=jnp.float32)
     return loss, {"loss": loss, "weight_sum": jnp.sum(weights), "tokens": tokens}

@@ -17,14 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rest_jax import paths
-from rest_jax.checkpoints import checkpointer
+from rest_jax.checkpoints import checkpointer, formats, tensors
 from rest_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from rest_jax.errors import UserError
 from rest_jax.models.regressor import fresh_head, regress, with_head
 from rest_jax.models.t5 import T5Config, Transformer
-from rest_jax.partitioning import Partitioner, make_mesh
 from rest_jax.rewards.base import Reward, RewardBatch, RewardVocabulary
-from rest_jax.rewards.joined_input import JoinedInput
+from rest_jax.rewards.joined_input import JoinedInput, split
 from rest_jax.rewards.row_groups import score_rows
 
 REWARD_FILE, VOCABULARY_FILE, PARAMS = "reward.json", "vocabulary.model", "params"
@@ -90,6 +89,11 @@ class Regressor(Reward):
         return "reference" in read(self.directory).joined.fields
 
     def init(self, vocabulary: RewardVocabulary) -> dict[str, Any]:
+        """The network's tensors as they lie in the file, and the EOS at which texts end.
+
+        Raises:
+          UserError: no reward there, or one with another vocabulary.
+        """
         files = read(self.directory)
         sha256 = getattr(vocabulary, "sha256", None)
         if sha256 != files.vocabulary_sha256:
@@ -98,13 +102,14 @@ class Regressor(Reward):
                 f"{files.vocabulary_sha256[:12]}... and {str(sha256)[:12]}...). Train a reward with the policy's: "
                 "python -m rest_jax train_reward with the same VOCABULARY."
             )
-        # On one device, and handed to the mesh by the program: a reward of a policy's size or less is copied to all.
-        params = checkpointer.load_params(
-            str(paths.resolve(self.directory) / PARAMS),
-            abstract_params=files.abstract_params(),
-            partitioner=Partitioner(make_mesh(devices=jax.local_devices()[:1])),
+        opened = formats.open_checkpoint(str(paths.resolve(self.directory) / PARAMS), field="Regressor.directory")
+        tensors.check_same_names_and_shapes(
+            have={name: leaf.shape for name, leaf in opened.tensors.items()},
+            want=tensors.flat_shapes(files.abstract_params()),
+            what=f"Regressor.directory: {self.directory!r}",
+            advice="Train the reward again.",
         )
-        return {"params": jax.tree.map(jnp.asarray, jax.device_get(params)), "eos_id": np.int32(vocabulary.eos_id)}
+        return {"params": tensors.unflatten(opened.tensors), "eos_id": np.int32(vocabulary.eos_id)}
 
     def score(self, params: dict[str, Any], batch: RewardBatch) -> dict[str, jax.Array]:
         files = read(self.directory)
@@ -116,9 +121,36 @@ class Regressor(Reward):
         texts = {name: jnp.repeat(tokens, num_samples, axis=0) for name, tokens in fields.items()}
         texts["sample"] = samples.reshape(num_sources * num_samples, -1)
         inputs = files.joined.join_rows(texts, eos_id=params["eos_id"])[:, : files.length]
-        network = lambda rows: regress(files.module, params["params"], rows)[:, 0]  # noqa: E731
-        scores = score_rows(network, inputs, rows_per_step=self.rows_per_step)
+        scores = score_inputs(
+            files.module,
+            params["params"],
+            inputs,
+            joined=files.joined,
+            eos_id=params["eos_id"],
+            rows_per_step=self.rows_per_step,
+        )
         return {self.name: jnp.clip(scores, 0.0, 1.0).reshape(num_sources, num_samples)}
+
+
+def score_inputs(
+    module: Transformer,
+    params: Params,
+    inputs: jax.Array,
+    *,
+    joined: JoinedInput,
+    eos_id: jax.typing.ArrayLike,
+    rows_per_step: int,
+) -> jax.Array:
+    """The network's scores float32 `[rows]` of joined inputs int32 `[rows, length]` (`joined_input`, `row_groups`)."""
+
+    def network(rows: jax.Array) -> jax.Array:
+        if not joined.sample_in_decoder:
+            return regress(module, params, rows)[:, 0]
+        source, sample, last = split(rows, eos_id=eos_id)
+        scores = regress(module, params, source, decoder_input_tokens=sample)
+        return jnp.take_along_axis(scores, last[:, None], axis=1)[:, 0]
+
+    return score_rows(network, inputs, rows_per_step=rows_per_step)
 
 
 def read(directory: str) -> RegressorFiles:
@@ -131,7 +163,7 @@ def read(directory: str) -> RegressorFiles:
     if not path.is_file():
         raise UserError(
             f"Regressor.directory: {directory!r} has no {REWARD_FILE}; give what python -m rest_jax train_reward wrote "
-            "(the folder reward/ of its MODEL_DIR)."
+            "(its REWARD_DIR)."
         )
     values = json.loads(path.read_text(encoding="utf-8"))
     return RegressorFiles(

@@ -133,6 +133,8 @@ def test_a_stores_samples_have_their_reward_or_a_component_for_label(tmp_path):
     assert texts(found.hypotheses) == ["eins", "zwei", "vier"]
     np.testing.assert_allclose(found.scores, [0.1, 0.2, 0.4])
     np.testing.assert_allclose(Store(directory=directory, component="length").read(BYTES).scores, [0.9, 0.8, 0.6])
+    relative = Store(directory=directory, relative=True, scale=(-0.5, 0.5)).read(BYTES)
+    np.testing.assert_allclose(relative.scores, [0.45, 0.55, 0.5], rtol=1e-6)  # 0.4 is its source's only sample
     with pytest.raises(UserError, match="has chrf, length"):
         Store(directory=directory, component="bleu").read(BYTES)
     with pytest.raises(UserError, match="another vocabulary"):

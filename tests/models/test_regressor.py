@@ -80,3 +80,16 @@ def test_a_fresh_head_gives_scores_of_about_unit_variance():
     head = fresh_head(jax.random.key(0), 4096)
     assert head.shape == (4096, 1)
     assert 0.9 < float(jnp.sum(head**2)) < 1.1
+
+
+def test_a_decoder_that_reads_sees_what_stood_before(regressor_params):
+    source, sample = rows(6, width=6), rows(5, width=5)[:, :4]
+    decoder = np.concatenate([[[0]], sample], axis=1)
+    scores = score(regressor_params, source, decoder_input_tokens=decoder)
+    assert scores.shape == (1, 5)
+    other = np.concatenate([decoder[:, :3], 63 - decoder[:, 3:]], axis=1)
+    changed = score(regressor_params, source, decoder_input_tokens=other)
+    np.testing.assert_allclose(scores[0, :3], changed[0, :3], rtol=2e-5, atol=1e-6)
+    assert abs(float(scores[0, 4] - changed[0, 4])) > 1e-3
+    # The first step is the one on token 0.
+    np.testing.assert_allclose(scores[0, 0], score(regressor_params, source)[0, 0], rtol=2e-5, atol=1e-6)

@@ -1,18 +1,21 @@
 """A trained reward's directory, and what it gives in the graph."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
 
+from rest_jax.checkpoints import checkpointer
 from rest_jax.data.vocabulary import ByteVocabulary
 from rest_jax.errors import UserError
 from rest_jax.models.regressor import regress
 from rest_jax.models.t5 import T5Config
+from rest_jax.partitioning import Partitioner, make_mesh
 from rest_jax.rewards import regressor
 from rest_jax.rewards.base import check_reward
-from rest_jax.rewards.joined_input import WITH_REFERENCE, WITHOUT_REFERENCE, JoinedInput
+from rest_jax.rewards.joined_input import IN_DECODER, WITH_REFERENCE, WITHOUT_REFERENCE, JoinedInput
 
 BYTES = ByteVocabulary()
 CONFIG = T5Config(
@@ -57,16 +60,20 @@ def write(path, template: str) -> str:
     return str(path)
 
 
+def on_device(params):
+    return checkpointer.put_params(params, Partitioner(make_mesh(devices=jax.devices()[:1])))
+
+
 def scores(directory: str, batch, **fields) -> np.ndarray:
     reward = regressor.Regressor(directory, **fields)
-    params = reward.init(BYTES)
+    params = on_device(reward.init(BYTES))
     return np.asarray(reward.combine(jax.jit(reward.score)(params, batch)))
 
 
 def test_scores_are_the_networks_on_the_joined_text(directory):
     files = regressor.read(directory)
     assert files.config == CONFIG
-    params = regressor.Regressor(directory).init(BYTES)["params"]
+    params = on_device(regressor.Regressor(directory).init(BYTES))["params"]
     found = scores(directory, reward_batch())
     network = jax.jit(lambda tokens: regress(files.module, params, tokens)[0, 0])
     for row, source in enumerate(SOURCES):
@@ -84,6 +91,17 @@ def test_a_reward_depends_neither_on_padding_nor_on_company(directory):
     np.testing.assert_allclose(scores(directory, reward_batch(length=40)), together, rtol=1e-4, atol=1e-5)
     alone = scores(directory, reward_batch(rows=slice(1, 2)))
     np.testing.assert_allclose(alone[0], together[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_reward_whose_decoder_reads_the_sample(tmp_path):
+    directory = write(tmp_path / "decoder", IN_DECODER)
+    files, params = regressor.read(directory), on_device(regressor.Regressor(directory).init(BYTES))["params"]
+    found = scores(directory, reward_batch())
+    sample = np.asarray([[0, *BYTES.encode("At first")]], np.int32)
+    source = np.asarray([BYTES.encode(SOURCES[0])], np.int32)
+    alone = jax.jit(functools.partial(regress, files.module))(params, source, decoder_input_tokens=sample)[0, -1]
+    np.testing.assert_allclose(found[0, 1], np.clip(alone, 0, 1), rtol=1e-4, atol=1e-5)
+    assert np.ptp(found) > 0.01
 
 
 def test_what_a_reward_needs_is_read_from_its_directory(directory, tmp_path):
