@@ -21,6 +21,7 @@ class Chip:
       hbm_bytes: memory.
       hbm_bandwidth: bytes/s.
       link_bandwidth: bytes/s to other chips of the slice (or to GPUs of the host), both directions and all links added.
+      clock: of a TPU's cores, Hz: the peak rate over what its matrix units do in a cycle; None where that is not told.
       dcn_bandwidth: bytes/s to other slices, of this chip's share of its host's network, one direction; None unknown.
     """
 
@@ -30,6 +31,7 @@ class Chip:
     hbm_bytes: int
     hbm_bandwidth: float
     link_bandwidth: float
+    clock: float | None = None
     dcn_bandwidth: float | None = None
 
     def share(self, devices: int) -> "Chip":
@@ -55,6 +57,7 @@ CHIPS = (
         hbm_bytes=32 * GIB,
         hbm_bandwidth=1228e9,
         link_bandwidth=600e9,
+        clock=1.05e9,
     ),
     # v5e: a pod of 256 has 6.4 Tbit/s to the data centre's network.
     Chip(
@@ -64,6 +67,7 @@ CHIPS = (
         hbm_bytes=16 * GIB,
         hbm_bandwidth=819e9,
         link_bandwidth=400e9,
+        clock=1.50e9,
         dcn_bandwidth=6.4e12 / 8 / 256,
     ),
     Chip(
@@ -73,6 +77,7 @@ CHIPS = (
         hbm_bytes=95 * GIB,
         hbm_bandwidth=2765e9,
         link_bandwidth=1200e9,
+        clock=1.75e9,
         dcn_bandwidth=50e9 / 8,
     ),
     Chip(
@@ -82,6 +87,7 @@ CHIPS = (
         hbm_bytes=32 * GIB,
         hbm_bandwidth=1638e9,
         link_bandwidth=800e9,
+        clock=1.75e9,
         dcn_bandwidth=100e9 / 8,
     ),
     Chip(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rest_jax import chips
 from rest_jax.errors import UserError
 from rest_jax.models import t5
 from rest_jax.partitioning import BATCH_AXES
@@ -35,6 +36,8 @@ _SHRUNK = {"cpu": (3 / 4, 1 / 2, 3 / 8, 1 / 4)}
 _SHRUNK_ELSEWHERE = (1 / 2, 1 / 4)
 _SHRUNK_SMALL = (1 / 2,)
 _SHRUNK_FEWEST_SLOTS = 64  # no fewer than _FEWEST_SLOTS
+# The compiler has 15.75 of a v5e's 16 GiB.
+_TPU_USABLE = 63 / 64
 # Of the logits: themselves, what is drawn from, and what the compiler keeps beside them.
 _LOGITS_COPIES = 3
 
@@ -164,6 +167,10 @@ def device_bytes(device: Any) -> int:
 
     Not what is free at the moment: all processes of a run must compile the same program, today and tomorrow.
     """
+    chip = chips.of_device(device)
+    if device.platform == "tpu" and chip is not None:
+        # From the table: other hosts' devices tell nothing, nor do those of a topology that is compiled for.
+        return int(chip.hbm_bytes * _TPU_USABLE)
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
