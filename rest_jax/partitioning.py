@@ -204,6 +204,24 @@ class Partitioner:
         return ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())
 
 
+def devices_of_trace() -> tuple[str, int]:
+    """Platform and number of the devices for which a function is being traced: those of `traced_on`, else JAX's own.
+
+    What is chosen by them must follow the mesh: a program can be compiled for devices that this machine has not.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.default_backend(), jax.device_count()
+    return mesh.abstract_device.platform, mesh.size
+
+
+def traced_on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """While a function is traced in here, `devices_of_trace` are the mesh's."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
 def param_logical_axes(path: str, *, rank: int | None = None) -> tuple[str, ...] | None:
     """Logical axis names of the parameter whose name ends the path 'a/b/c'; None for a path of no parameter.
 

@@ -45,7 +45,7 @@ def _equation(equation: core.JaxprEqn) -> Flops:
         return Flops(inside.once * parameters["length"], inside.loops)
     if name == "shard_map":  # shapes inside are one shard's
         mesh = parameters["mesh"]
-        return inside * math.prod(mesh.shape[axis] for axis in parameters["manual_axes"])
+        return inside * math.prod(mesh.shape[axis] for axis in parameters["newly_manual_axes"])
     return inside
 
 

@@ -295,16 +295,28 @@ class _Reader:
             shape = shapes[parameter.number]
             if not _hbm_bytes(shape) or parameter.name in updated:
                 continue
-            users = [each for each in body.values() if parameter.name in each.operands]
-            sliced = [each for each in users if each.opcode in ("dynamic-slice", "gather")]
-            if users and len(sliced) == len(users) and all(each.operands[0] == parameter.name for each in users):
-                total += sum(_total_bytes(each.shape) for each in users)
-            else:
-                total += _hbm_bytes(shape)
+            total += min(self._read(body, parameter.name), _total_bytes(shape))
         written = _array_bytes(instruction.shape)
         if updated:
             return total + 2 * sum(updated.values()) + sum(sizes for sizes, hbm in written[len(updated) :] if hbm)
         return total + sum(size for size, in_hbm in written if in_hbm)
+
+    def _read(self, body: _Computation, name: str) -> int:
+        """Bytes that a fusion reads of the array `name`: where it takes a slice, also by a fusion inside, the slice."""
+        total = 0
+        for each in body.values():
+            for position in (number for number, operand in enumerate(each.operands) if operand == name):
+                if each.opcode in ("dynamic-slice", "gather") and position == 0:
+                    total += _total_bytes(each.shape)
+                elif each.opcode == "bitcast":
+                    total += self._read(body, each.name)
+                elif each.opcode == "fusion":
+                    inner = self._computations[_CALLED.findall(each.attributes)[0]]
+                    parameters = [x for x in inner.values() if x.opcode == "parameter" and x.number == position]
+                    total += sum(self._read(inner, parameter.name) for parameter in parameters)
+                else:
+                    total += _total_bytes(body[name].shape)
+        return total
 
 
 def _updated(body: _Computation) -> dict[str, int]:

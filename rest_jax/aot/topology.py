@@ -33,6 +33,8 @@ def devices(*, name: str, slices: int = 1) -> tuple[Any, ...]:
         raise UserError(f"--slices is {slices}; it must be at least 1.")
     # Else libtpu asks the cloud's metadata server, which a machine outside has not, for minutes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # No TPU is used, so several compilations may go on at once.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
     if name.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # one device of a chip's two cores, as JAX has it on real ones

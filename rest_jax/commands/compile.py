@@ -19,16 +19,29 @@ def register(add: AddCommand) -> None:
     sub.add_argument("--slices", type=int, default=1, help="slices of that topology; REPLICAS is a multiple of it")
     sub.add_argument("--phase", choices=PHASES, default="all", help="whose programs")
     sub.add_argument("--auto", action="store_true", help="search the meshes and slots that fit, and rank them")
+    sub.add_argument(
+        "--effort",
+        type=float,
+        default=0.0,
+        help="of the compiler, -1 to 1; -1 takes a third of the time, for a program that is somewhat slower",
+    )
     sub.add_argument("--json", metavar="FILE", help="also write everything that was found there")
 
 
 def _compile(options: Any) -> None:
     # The host only compiles: another accelerator of this machine has nothing to do.
     os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
     from rest_jax import config
     from rest_jax.aot import command
     from rest_jax.rest import ReST
 
+    if not -1.0 <= options.effort <= 1.0:
+        raise UserError(f"--effort is {options.effort}; it must be from -1 to 1, and is 0 where a run compiles.")
+    jax.config.update("jax_exec_time_optimization_effort", options.effort)
+    # What was compiled for devices that are not here can be stored, but not read back.
+    jax.config.update("jax_enable_compilation_cache", False)
     options.bindings = [f"TOPOLOGY={options.topology!r}", f"SLICES={options.slices}", *options.bindings]
     load_config(options, fallbacks={"MODEL_DIR": "''"}, also=[COMPILE_GIN])
     rest = config.build(ReST)

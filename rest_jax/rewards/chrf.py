@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from rest_jax.errors import UserError
+from rest_jax.partitioning import devices_of_trace
 from rest_jax.rewards import characters
 from rest_jax.rewards.base import RewardBatch, RewardVocabulary
 
@@ -82,7 +83,8 @@ class ChrF:
 
 def _number_of_passes(num_sources: int, *, num_samples: int) -> int:
     """The fewest equal passes over the sources that keep each within the texts that a device scores at once."""
-    texts = (_CPU_TEXTS if jax.default_backend() == "cpu" else _ACCELERATOR_TEXTS) * jax.device_count()
+    platform, devices = devices_of_trace()
+    texts = (_CPU_TEXTS if platform == "cpu" else _ACCELERATOR_TEXTS) * devices
     fitting = (
         passes
         for passes in range(1, num_sources + 1)

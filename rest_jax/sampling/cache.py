@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 CACHE_TYPES = ("float32", "bfloat16", "float16", "int8")
 # More blocks follow the filled part more closely, each for a write per layer and position.
-_MAX_BLOCKS = 4
+MAX_BLOCKS = 4
 _BLOCK_MULTIPLE = 16
 _INT8_MAX = 127.0
 
@@ -37,26 +37,40 @@ class KeysValues(NamedTuple):
 Cache = list[KeysValues] | KeysValues
 
 
-def block_length(max_length: int) -> int:
-    """Columns of a block, C: the fewest whole multiples of 16 that make at most four blocks."""
-    return _BLOCK_MULTIPLE * math.ceil(max_length / (_BLOCK_MULTIPLE * _MAX_BLOCKS))
+def block_length(max_length: int, *, max_blocks: int = MAX_BLOCKS) -> int:
+    """Columns of a block, C: the fewest whole multiples of 16 that make at most so many blocks."""
+    return _BLOCK_MULTIPLE * math.ceil(max_length / (_BLOCK_MULTIPLE * max_blocks))
 
 
-def num_columns(max_length: int) -> int:
+def num_columns(max_length: int, *, max_blocks: int = MAX_BLOCKS) -> int:
     """Columns of all blocks."""
-    return block_length(max_length) * num_blocks(max_length)
+    length = block_length(max_length, max_blocks=max_blocks)
+    return length * math.ceil(max_length / length)
 
 
-def num_blocks(max_length: int) -> int:
-    return math.ceil(max_length / block_length(max_length))
+def columns_of(cache: Cache) -> int:
+    """`num_columns` of the cache as it is."""
+    first = cache if isinstance(cache, KeysValues) else cache[0]
+    return sum(block.shape[-2] for block in first.keys.columns)
 
 
-def empty(*, layers: int, scanned: bool, slots: int, heads: int, head_dim: int, max_length: int, dtype: str) -> Cache:
+def empty(
+    *,
+    layers: int,
+    scanned: bool,
+    slots: int,
+    heads: int,
+    head_dim: int,
+    max_length: int,
+    dtype: str,
+    max_blocks: int = MAX_BLOCKS,
+) -> Cache:
     """A cache for `max_length` positions of `slots` samples, in `dtype` (one of CACHE_TYPES)."""
 
     def blocks() -> Blocks:
-        shape = (*((layers,) if scanned else ()), slots, heads, block_length(max_length), head_dim)
-        count = num_blocks(max_length)
+        length = block_length(max_length, max_blocks=max_blocks)
+        shape = (*((layers,) if scanned else ()), slots, heads, length, head_dim)
+        count = math.ceil(max_length / length)
         columns = tuple(jnp.zeros(shape, dtype) for _ in range(count))
         return Blocks(columns, tuple(jnp.zeros(shape[:-1]) for _ in range(count)) if dtype == "int8" else ())
 

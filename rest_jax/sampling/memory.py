@@ -38,6 +38,9 @@ _SHRUNK_SMALL = (1 / 2,)
 _SHRUNK_FEWEST_SLOTS = 64  # no fewer than _FEWEST_SLOTS
 # The compiler has 15.75 of a v5e's 16 GiB.
 _TPU_USABLE = 63 / 64
+# A branch for each number of blocks makes XLA's TPU backend copy the cache of all layers into another memory layout, in
+# every layer (docs/pods.md); and with slots that are filled again, some slot is nearly always in the last block.
+_CACHE_BLOCKS = {"tpu": 1}
 # Of the logits: themselves, what is drawn from, and what the compiler keeps beside them.
 _LOGITS_COPIES = 3
 
@@ -90,6 +93,7 @@ def choose_layout(
         slots_per_group=per_group,
         places=min(places, math.ceil(batch / groups)),
         shrunk=tuple(fewer for fewer in shrunk if groups * fewer >= _SHRUNK_FEWEST_SLOTS),
+        cache_blocks=_CACHE_BLOCKS.get(platform, cache_lib.MAX_BLOCKS),
     )
 
 
@@ -222,12 +226,13 @@ def _bytes(
     slots = layout.slots + layout.groups * max(layout.shrunk, default=0)
     encoding = batch * source_length * ((activations + 1) * mlp + 4 * width) * item
     encoding += batch * config.num_heads * source_length**2 * 4
+    columns = cache_lib.num_columns(max_length, max_blocks=layout.cache_blocks)
     shared = {
         "parameters": 4 * (encoder + decoder + embeddings),
         "weights packed for decoding": item * decoder + 4 * vocab * config.emb_dim,
         "sources": batch * source_length * per_token * item,
         "sources in groups": layout.groups * layout.places * source_length * per_token * item,
-        "self-attention cache": slots * cache_lib.num_columns(max_length) * (per_token * cached + scales),
+        "self-attention cache": slots * columns * (per_token * cached + scales),
         "logits": _LOGITS_COPIES * layout.slots * vocab * 4,
         "encoding": encoding,
     }

@@ -15,7 +15,7 @@ from rest_jax.data.batching import LengthGroup, length_groups
 from rest_jax.data.token_dataset import TokenDataset
 from rest_jax.data.vocabulary import adopt
 from rest_jax.errors import UserError
-from rest_jax.partitioning import Partitioner
+from rest_jax.partitioning import Partitioner, traced_on
 from rest_jax.rewards.base import Reward
 from rest_jax.sampling.cache import CACHE_TYPES
 from rest_jax.sampling.processors import LogitProcessing
@@ -170,12 +170,14 @@ def sample_and_score(
             {"samples": tokens, "references": batch["references"], "sources": batch["encoder_input_tokens"]},
         )
 
-    components = score(samples.tokens)
+    with traced_on(mesh):
+        components = score(samples.tokens)
+        of_references = score(batch["references"][:, None, :])
     return {
         "samples": samples,
         "components": components,
         "rewards": reward.combine(components),
-        "reference_rewards": reward.combine(score(batch["references"][:, None, :]))[:, 0],
+        "reference_rewards": reward.combine(of_references)[:, 0],
         "real": jnp.any(batch["encoder_input_tokens"] > 0, axis=-1),
     }
 

@@ -46,7 +46,6 @@ def step_by_step(tiny, sources, inputs, *, cache_dtype=None):
                 cache=cache,
                 cross=cross,
                 cross_bias=bias,
-                max_length=length,
             )
             return cache, logits
 
