@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rest_jax import chips, cli
@@ -18,7 +19,8 @@ from rest_jax.sampling import memory
 NEEDS_LIBTPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'rest_jax[tpu-compile]'"
 )
-OUT_OF_MEMORY = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.
+OUT_OF_MEMORY = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. \
+Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.
 
 Largest program allocations in hbm:
 
@@ -109,8 +111,19 @@ def test_a_topology_has_its_devices_memory_and_platform():
         topology.devices(name="v5e:3x5")
 
 
+@pytest.fixture
+def no_cache():
+    """What is compiled for devices that are not here can not be read back from JAX's cache on disk."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
+
+
 @NEEDS_LIBTPU
-def test_a_program_compiled_for_a_tpu_is_read():
+def test_a_program_compiled_for_a_tpu_is_read(no_cache):
     mesh = make_mesh(devices=topology.devices(name="v5e:2x2"))
     whole = NamedSharding(mesh, PartitionSpec())
     rows = NamedSharding(mesh, PartitionSpec(("replica", "data")))

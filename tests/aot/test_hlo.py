@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (lines of XLA's own)
 """Costs read from XLA's text: loops of known and of unknown length, collectives, slices of large arrays."""
 
 import jax

@@ -1,6 +1,6 @@
 """Compiles every public model for every TPU, Grow and Improve, and writes the table of `docs/pods.md`.
 
-    python -m tests.benchmarks.pods --json build/pods.json [--models t5_1_1_small ...] [--chips v5e ...] [--scales slice ...]
+    python -m tests.benchmarks.pods --json build/pods.json [--models t5_1_1_small ...] [--chips v5e ...]
 
 Each row is one run of `python -m rest_jax compile`; of the meshes in MODEL_PARALLEL the narrowest that fits is kept.
 Rows that stand in the file are not compiled again, so that a run that was stopped goes on.
@@ -115,15 +115,24 @@ def line(model: str, chip: str, scale: str, phase: str, result: dict[str, Any]) 
         return f"| {model} | {where} | {phase} | none of the widths {MODEL_PARALLEL} fits | | | | | |"
     (found,) = result["programs"]
     mesh = " x ".join(str(size) for size in result["mesh"].values())
-    slots = "" if found["slots"] is None else f"{found['slots']}"
-    return (
-        f"| {model} | {where} | {phase} | {mesh} | {slots} | {found['total'] / 2**30:.2f} of {found['hbm'] / 2**30:.2f} | "
-        f"{found['tokens_per_second_per_device']:,.0f} | {found['roofline_share']:.0%} | {found['compile_seconds']:.0f} |"
-    )
+    cells = [
+        model,
+        where,
+        phase,
+        mesh,
+        "" if found["slots"] is None else str(found["slots"]),
+        f"{found['total'] / 2**30:.2f} of {found['hbm'] / 2**30:.2f}",
+        f"{found['tokens_per_second_per_device']:,.0f}",
+        f"{found['roofline_share']:.0%}",
+        f"{found['compile_seconds']:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def table(found: dict[str, Any]) -> str:
-    head = "| model | topology | phase | replica x data x model | slots | GiB of HBM | tokens/s a device | roofline | compiled in s |"
+    head = (
+        "| model | topology | phase | replica x data x model | slots | GiB of HBM | tokens/s a device | roofline | s |"
+    )
     rows = [line(*name.split("/"), result) for name, result in sorted(found.items())]
     return "\n".join([head, "|---" * 9 + "|", *rows])
 

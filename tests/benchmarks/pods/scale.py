@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     found: dict[str, Any] = json.loads(options.json.read_text())
     print(
-        "| data set | chips | Grow, chip-hours | Improve, chip-hours | kept, GB | sources read, MB/s | checkpoint, s | most time |"
+        "| data set | chips | Grow, chip-hours | Improve, chip-hours | kept, GB | read, MB/s | checkpoint, s | most |"
     )
     print("|---" * 8 + "|")
     for chip in ("v5e", "v5p", "v6e"):
@@ -51,11 +51,17 @@ def row_of(name: str, chip: str, samples: float, per_source: int, *, grow: Any, 
     # Parameters and Adafactor's factored moments: 4 bytes a parameter and little more.
     hosts = max(devices // 4, 1)
     checkpoint = 4 * parameters / hosts / CHECKPOINT_RATE
-    return (
-        f"| {name} | {devices} {chip} | {grow_seconds * devices / 3600:,.1f} | {improve_seconds * devices / 3600:,.1f} | "
-        f"{KEPT * samples * ROW_BYTES / 1e9:,.1f} | {sources_rate / 1e6:,.2f} | {checkpoint:.1f} | "
-        f"{'Grow' if grow_seconds > improve_seconds else 'Improve'} |"
-    )
+    cells = [
+        name,
+        f"{devices} {chip}",
+        f"{grow_seconds * devices / 3600:,.1f}",
+        f"{improve_seconds * devices / 3600:,.1f}",
+        f"{KEPT * samples * ROW_BYTES / 1e9:,.1f}",
+        f"{sources_rate / 1e6:,.2f}",
+        f"{checkpoint:.1f}",
+        "Grow" if grow_seconds > improve_seconds else "Improve",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
