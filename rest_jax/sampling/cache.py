@@ -4,7 +4,10 @@ Column t of a slot holds what its sample's position t said, whenever that was: w
 then a function of the sample alone. Columns lie in blocks, arrays of their own, and attention reads the blocks that
 some slot has reached; a later column's weight is exactly zero, so that reading more of them changes no bit.
 
-`[slots, H, C, K]` each: a position is written with one scatter, in place, whose pieces are contiguous.
+`[slots, G, C, H / G * K]` each: a position is written with one scatter, in place, whose pieces are contiguous. With
+G = H groups each head stands by itself. With fewer, a group's heads lie side by side, and their queries are the blocks
+on the diagonal of a matrix: H / G times the products, but on a TPU's matrix units, and without padding 64 columns to
+128.
 """
 
 import functools
@@ -24,7 +27,7 @@ _INT8_MAX = 127.0
 class Blocks(NamedTuple):
     """Keys or values of one layer; with `scan_layers` of all, `num_layers` in front of each shape."""
 
-    columns: tuple[jax.Array, ...]  # [slots, H, C, K] each
+    columns: tuple[jax.Array, ...]  # [slots, G, C, H / G * K] each
     scales: tuple[jax.Array, ...]  # [slots, H, C] float32 each, by which int8 columns are multiplied; else empty
 
 
@@ -64,15 +67,19 @@ def empty(
     max_length: int,
     dtype: str,
     max_blocks: int = MAX_BLOCKS,
+    head_groups: int | None = None,
 ) -> Cache:
-    """A cache for `max_length` positions of `slots` samples, in `dtype` (one of CACHE_TYPES)."""
+    """A cache for `max_length` positions of `slots` samples, in `dtype` (one of CACHE_TYPES); no groups: each head."""
+    groups = head_groups or heads
+    front = (*((layers,) if scanned else ()), slots)
 
     def blocks() -> Blocks:
         length = block_length(max_length, max_blocks=max_blocks)
-        shape = (*((layers,) if scanned else ()), slots, heads, length, head_dim)
+        shape = (*front, groups, length, heads // groups * head_dim)
         count = math.ceil(max_length / length)
         columns = tuple(jnp.zeros(shape, dtype) for _ in range(count))
-        return Blocks(columns, tuple(jnp.zeros(shape[:-1]) for _ in range(count)) if dtype == "int8" else ())
+        scales = tuple(jnp.zeros((*front, heads, length)) for _ in range(count)) if dtype == "int8" else ()
+        return Blocks(columns, scales)
 
     if scanned:
         return KeysValues(blocks(), blocks())
@@ -103,6 +110,7 @@ def _write(blocks: Blocks, new: jax.Array, *, positions: jax.Array, layer: jax.A
         return block.at[place].set(values.astype(block.dtype), mode="drop", unique_indices=True)
 
     block_size = blocks.columns[0].shape[-2]
+    new = new.reshape(len(new), blocks.columns[0].shape[-3], -1)
     columns = tuple(put(block, new, number) for number, block in enumerate(blocks.columns))
     scales = () if scale is None else tuple(put(block, scale, number) for number, block in enumerate(blocks.scales))
     return Blocks(columns, scales)
@@ -138,7 +146,18 @@ def _scores(query: jax.Array, keys: Blocks, number: int) -> jax.Array:
     """`[slots, H, C]` float32."""
     columns = keys.columns[number]
     columns = columns.astype(query.dtype) if keys.scales else columns
-    scores = jnp.einsum("shk,shck->shc", query.astype(columns.dtype), columns, preferred_element_type=jnp.float32)
+    query = query.astype(columns.dtype)
+    slots, heads, size = query.shape
+    groups = columns.shape[1]
+    if groups == heads:
+        scores = jnp.einsum("shk,shck->shc", query, columns, preferred_element_type=jnp.float32)
+    else:
+        # [slots, G, H / G, K] -> [slots, G, H / G * K, H / G]: a head's query in its own rows and column
+        one = jnp.eye(heads // groups, dtype=query.dtype)
+        diagonal = query.reshape(slots, groups, -1, size)[..., None] * one[:, None, :]
+        diagonal = diagonal.reshape(slots, groups, -1, heads // groups)
+        scores = jnp.einsum("sgcj,sgjp->sgpc", columns, diagonal, preferred_element_type=jnp.float32)
+        scores = scores.reshape(slots, heads, -1)
     return scores * keys.scales[number] if keys.scales else scores
 
 
@@ -147,9 +166,18 @@ def _context(weights: jax.Array, values: Blocks, number: int, *, dtype: jnp.dtyp
     columns = values.columns[number]
     if values.scales:
         weights, columns = weights * values.scales[number], columns.astype(dtype)
-    return jnp.einsum(
-        "shc,shck->shk", weights.astype(columns.dtype), columns, preferred_element_type=jnp.float32
-    ).astype(dtype)
+    weights = weights.astype(columns.dtype)
+    slots, heads, _ = weights.shape
+    groups = columns.shape[1]
+    if groups == heads:
+        return jnp.einsum("shc,shck->shk", weights, columns, preferred_element_type=jnp.float32).astype(dtype)
+    share = heads // groups
+    weights = weights.reshape(slots, groups, share, -1)
+    # What each head reads of every head's values; its own lie on the diagonal.
+    mixed = jnp.einsum("sgpc,sgcj->sgpj", weights, columns, preferred_element_type=jnp.float32)
+    mixed = mixed.reshape(slots, groups, share, share, -1)
+    own = jnp.sum(mixed * jnp.eye(share)[:, :, None], axis=3)
+    return own.reshape(slots, heads, -1).astype(dtype)
 
 
 def choose_slots(cache: Cache, chosen: jax.Array) -> Cache:

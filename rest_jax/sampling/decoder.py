@@ -123,6 +123,7 @@ def empty_cache(
     slots: int,
     dtype: str | None = None,
     max_blocks: int = cache_lib.MAX_BLOCKS,
+    head_groups: int | None = None,
 ) -> Cache:
     """Nothing yet; `dtype` None is the activations'."""
     return cache_lib.empty(
@@ -134,6 +135,7 @@ def empty_cache(
         max_length=max_length,
         dtype=dtype or config.dtype,
         max_blocks=max_blocks,
+        head_groups=head_groups,
     )
 
 

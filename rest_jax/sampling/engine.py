@@ -35,6 +35,7 @@ class Layout:
       shrunk: fewer and fewer slots per group, to which the loop goes down when no sample waits any more and those that
         are left fit; each is one more compilation of the loop's body.
       cache_blocks: most blocks that the cache's columns lie in (`cache.py`).
+      head_groups: groups of heads that lie side by side there; None where each head stands by itself.
     """
 
     groups: int
@@ -42,6 +43,7 @@ class Layout:
     places: int
     shrunk: tuple[int, ...] = ()
     cache_blocks: int = cache_lib.MAX_BLOCKS
+    head_groups: int | None = None
 
     @property
     def slots(self) -> int:
@@ -186,7 +188,12 @@ def draw_all(
         ),
         slots=_Slots(place=zeros, sample=jnp.full(shape, num_samples, jnp.int32), position=zeros, last=zeros),
         cache=decoder.empty_cache(
-            config, max_length=max_length, slots=layout.slots, dtype=cache_dtype, max_blocks=layout.cache_blocks
+            config,
+            max_length=max_length,
+            slots=layout.slots,
+            dtype=cache_dtype,
+            max_blocks=layout.cache_blocks,
+            head_groups=layout.head_groups,
         ),
         tokens=jnp.full((batch, num_samples, max_length), PAD_ID, jnp.int32),
         log_probs=jnp.zeros((batch, num_samples), jnp.float32),

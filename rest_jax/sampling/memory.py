@@ -39,7 +39,8 @@ _SHRUNK_FEWEST_SLOTS = 64  # no fewer than _FEWEST_SLOTS
 # The compiler has 15.75 of a v5e's 16 GiB.
 _TPU_USABLE = 63 / 64
 # A branch for each number of blocks makes XLA's TPU backend copy the cache of all layers into another memory layout, in
-# every layer (docs/pods.md); and with slots that are filled again, some slot is nearly always in the last block.
+# every layer; and with slots that are filled again, some slot is nearly always in the last block. Heads side by side
+# are multiplied on its matrix units, in a group for each device of 'model' (docs/pods.md).
 _CACHE_BLOCKS = {"tpu": 1}
 # Of the logits: themselves, what is drawn from, and what the compiler keeps beside them.
 _LOGITS_COPIES = 3
@@ -134,7 +135,11 @@ def plan(
     is_small = device.platform == "cpu" and useful > _FULL_RATE_SLOTS
     shares = _SHRUNK_SMALL if is_small else _SHRUNK.get(device.platform, _SHRUNK_ELSEWHERE)
 
+    model_parallel = 1 if mesh is None else mesh.shape["model"]
+
     def planned(layout: Layout) -> Plan:
+        if device.platform == "tpu" and not beam_size:
+            layout = dataclasses.replace(layout, head_groups=model_parallel)
         parts = _bytes(
             config,
             layout=layout,
@@ -143,7 +148,7 @@ def plan(
             source_length=source_length,
             max_length=max_length,
             cache_dtype=cache_dtype or config.dtype,
-            model_parallel=1 if mesh is None else mesh.shape["model"],
+            model_parallel=model_parallel,
         )
         return Plan(layout=layout, parts=parts, budget=budget)
 
