@@ -102,7 +102,8 @@ def compile_row(model: str, chip: str, scale: str, phase: str, *, effort: float)
             if done.returncode == 0:
                 return {"fits": True, "command": command[1:], **json.loads(file.read_text())}
             reason = done.stderr.strip().splitlines()[-1]
-            if done.returncode != 2:
+            # What does not fit, or does not divide, may do so on a wider mesh; any other error is one of this script's.
+            if done.returncode != 2 or not ("does not fit" in reason or "divided" in reason):
                 raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     return {"fits": False, "reason": reason}
 
