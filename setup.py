@@ -55,6 +55,9 @@ setup(
     extras_require={
         "seqio": SEQIO,
         "tpu": ["jax[tpu]>=0.10"],
+        # The TPU's compiler alone, for `compile` on a machine without one. Bounds: what each JAX release's [tpu] extra
+        # takes; JAX 0.10.2 takes 0.0.42.
+        "tpu-compile": ["libtpu>=0.0.42,<0.0.43"],
         "cuda": ["jax[cuda13]>=0.10"],
         # Reads the tokenizer.json of a model2vec model: rewards.embeddings alone needs it.
         "embeddings": EMBEDDINGS,

@@ -206,7 +206,8 @@ class Partitioner:
 
 
 def trace_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """While a part of a program is traced in here, it knows its mesh (`num_trace_shards`, `over_batch_axes`)."""
+    """While a part of a program is traced in here, it knows its mesh (`num_trace_shards`, `over_batch_axes`,
+    `devices_of_trace`)."""
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
@@ -221,6 +222,17 @@ def over_batch_axes(rows: jax.Array, *, axis: int = 0) -> jax.Array:
     if num_trace_shards() == 1:
         return rows
     return jax.lax.with_sharding_constraint(rows, PartitionSpec(*(None,) * axis, BATCH_AXES))
+
+
+def devices_of_trace() -> tuple[str, int]:
+    """Platform and number of the devices for which a function is being traced: those of `trace_mesh`, else JAX's own.
+
+    What is chosen by them must follow the mesh: a program can be compiled for devices that this machine has not.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.default_backend(), jax.device_count()
+    return mesh.abstract_device.platform, mesh.size
 
 
 def param_logical_axes(path: str, *, rank: int | None = None) -> tuple[str, ...] | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grain
+import jax
 import numpy as np
 import numpy.typing as npt
 
@@ -110,6 +111,20 @@ def _random_order(size: int, *key: int) -> Int64Array:
     """
     raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(size)
     return np.argsort(raw, kind="stable")
+
+
+def feature_shapes(
+    *, batch_size: int, source_length: int, target_length: int, pack: bool
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The features of a batch, `[batch_size, length]` each, as `BatchPlan.batch` makes them."""
+    lengths = {"encoder": source_length, "decoder": target_length}
+    names = {"encoder_input_tokens": np.int32, "decoder_input_tokens": np.int32, "decoder_target_tokens": np.int32}
+    types: dict[str, Any] = {**names, "decoder_loss_weights": np.float32}
+    if pack:
+        types |= {f"{side}_{name}": np.int32 for side in lengths for name in ("segment_ids", "positions")}
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, lengths[name.split("_")[0]]), dtype) for name, dtype in types.items()
+    }
 
 
 class BatchPlan:

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import functools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,8 +22,8 @@ from rest_jax.sampling.scored import (
     Program,
     choose_sources,
     chunks,
+    compile_sample_and_score,
     run_chunks,
-    sample_and_score,
     without_prefix,
 )
 
@@ -91,29 +90,24 @@ class Evaluator:
         self._eval_set = eval_set
         self._test_set = test_set
         self._seed = seed
-        self._sampling = evaluation.sampling
-        self._selection = dataclasses.replace(evaluation.sampling, num_samples=evaluation.selection_samples)
+        samplings = samplings_of(evaluation)
+        self._sampling, self._selection = samplings["evaluate"], samplings["select"]
+        self._translation = samplings["translate"]
         self._selection_indices = choose_sources(
             num_sources=len(eval_set), max_sources=evaluation.selection_sources, seed=seed, stream=EVALUATION_STREAM
-        )
-        self._translation = translation_sampling(
-            evaluation.sampling, beam_size=evaluation.beam_size, beam_alpha=evaluation.beam_alpha
         )
         self._test_indices = np.arange(min(len(test_set), evaluation.max_test_sources or len(test_set)))
         self._programs: dict[Sampling, Program] = {}
 
     def _program(self, sampling: Sampling) -> Program:
         if sampling not in self._programs:
-            self._programs[sampling] = jax.jit(
-                functools.partial(
-                    sample_and_score,
-                    model=self._model,
-                    reward=self._reward,
-                    sampling=sampling,
-                    max_length=self._lengths["targets"],
-                    mesh=self._partitioner.mesh,
-                    reward_bytes=self._reward_bytes,
-                )
+            self._programs[sampling] = compile_sample_and_score(
+                model=self._model,
+                reward=self._reward,
+                sampling=sampling,
+                partitioner=self._partitioner,
+                max_length=self._lengths["targets"],
+                reward_bytes=self._reward_bytes,
             )
         return self._programs[sampling]
 
@@ -207,6 +201,18 @@ class Evaluator:
             "distinct": int(distinct_samples([[tuple(s) for s in samples] for samples in tokens.tolist()])),
             "best_of_n": [float(value) for value in best_of_n_curve(rewards)],
         }
+
+
+def samplings_of(evaluation: Evaluation) -> dict[str, Sampling]:
+    """What each of an evaluation's programs draws, by name: the reported measure, the choice of a checkpoint, the
+    translations of the test split."""
+    return {
+        "evaluate": evaluation.sampling,
+        "select": dataclasses.replace(evaluation.sampling, num_samples=evaluation.selection_samples),
+        "translate": translation_sampling(
+            evaluation.sampling, beam_size=evaluation.beam_size, beam_alpha=evaluation.beam_alpha
+        ),
+    }
 
 
 def translation_sampling(sampling: Sampling, *, beam_size: int, beam_alpha: float) -> Sampling:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rest_jax.partitioning import devices_of_trace
 from rest_jax.rewards import characters
 
 # Samples scored at once on one device: what its cache holds, or what keeps it busy in bounded memory (50 KB a text of
@@ -77,7 +78,8 @@ def ngram_counts(length: jax.Array, *, order: int) -> jax.Array:
 
 def number_of_passes(num_sources: int, *, num_samples: int) -> int:
     """The fewest equal passes over the sources that keep each within the texts that a device scores at once."""
-    texts = (_CPU_TEXTS if jax.default_backend() == "cpu" else _ACCELERATOR_TEXTS) * jax.device_count()
+    platform, devices = devices_of_trace()
+    texts = (_CPU_TEXTS if platform == "cpu" else _ACCELERATOR_TEXTS) * devices
     fitting = (
         passes
         for passes in range(1, num_sources + 1)

@@ -97,7 +97,6 @@ def beam_decode(
             cache=beams.cache,
             cross=sources.cross,
             cross_bias=cross_bias,
-            max_length=max_length,
         )
         logits = logits.reshape(batch, beam_size, -1)
         log_probs = jnp.where(legal, jax.nn.log_softmax(logits, axis=-1), NEGATIVE_INFINITY)

@@ -116,7 +116,15 @@ def cross_attention(params: Params, config: t5.T5Config, *, encoded: jax.Array) 
     return CrossAttention(*map(list, zip(*pairs, strict=True)))
 
 
-def empty_cache(config: t5.T5Config, *, max_length: int, slots: int, dtype: str | None = None) -> Cache:
+def empty_cache(
+    config: t5.T5Config,
+    *,
+    max_length: int,
+    slots: int,
+    dtype: str | None = None,
+    max_blocks: int = cache_lib.MAX_BLOCKS,
+    head_groups: int | None = None,
+) -> Cache:
     """Nothing yet; `dtype` None is the activations'."""
     return cache_lib.empty(
         layers=config.num_decoder_layers,
@@ -126,6 +134,8 @@ def empty_cache(config: t5.T5Config, *, max_length: int, slots: int, dtype: str 
         head_dim=config.head_dim,
         max_length=max_length,
         dtype=dtype or config.dtype,
+        max_blocks=max_blocks,
+        head_groups=head_groups,
     )
 
 
@@ -139,7 +149,6 @@ def decode_position(
     cache: Cache,
     cross: CrossAttention,
     cross_bias: jax.Array,
-    max_length: int,
 ) -> tuple[jax.Array, Cache]:
     """Logits for the token after `tokens`.
 
@@ -153,17 +162,16 @@ def decode_position(
       cache: filled for positions before `positions`.
       cross: of the groups' sources.
       cross_bias: `[groups, slots per group, source_columns]` float32, very negative at what a slot may not read.
-      max_length: most positions, as the cache was made for.
 
     Returns:
       Logits `[slots, vocab]` float32, and the cache with `positions` filled.
     """
     x = jnp.take(weights["embedding"], tokens, axis=0).astype(config.dtype)  # [slots, emb_dim]
 
+    columns = cache_lib.columns_of(cache)
+
     def bias_of(owner: Weights) -> jax.Array:
-        return _self_attention_bias(
-            owner["bias"], config=config, positions=positions, columns=cache_lib.num_columns(max_length)
-        )
+        return _self_attention_bias(owner["bias"], config=config, positions=positions, columns=columns)
 
     shared_bias = None if config.relative_bias_per_layer else bias_of(weights)
 

@@ -34,12 +34,16 @@ class Layout:
       places: sources that a group works on at a time.
       shrunk: fewer and fewer slots per group, to which the loop goes down when no sample waits any more and those that
         are left fit; each is one more compilation of the loop's body.
+      cache_blocks: most blocks that the cache's columns lie in (`cache.py`).
+      head_groups: groups of heads that lie side by side there; None where each head stands by itself.
     """
 
     groups: int
     slots_per_group: int
     places: int
     shrunk: tuple[int, ...] = ()
+    cache_blocks: int = cache_lib.MAX_BLOCKS
+    head_groups: int | None = None
 
     @property
     def slots(self) -> int:
@@ -143,7 +147,6 @@ def draw_all(
             cache=state.cache,
             cross=places.cross,
             cross_bias=_cross_bias(places.source, slots.place, sources.mask),
-            max_length=max_length,
         )
         uniform = None
         if processing.temperature > 0:
@@ -184,7 +187,14 @@ def draw_all(
             cross=_cross_of_places(sources.cross, nowhere),
         ),
         slots=_Slots(place=zeros, sample=jnp.full(shape, num_samples, jnp.int32), position=zeros, last=zeros),
-        cache=decoder.empty_cache(config, max_length=max_length, slots=layout.slots, dtype=cache_dtype),
+        cache=decoder.empty_cache(
+            config,
+            max_length=max_length,
+            slots=layout.slots,
+            dtype=cache_dtype,
+            max_blocks=layout.cache_blocks,
+            head_groups=layout.head_groups,
+        ),
         tokens=jnp.full((batch, num_samples, max_length), PAD_ID, jnp.int32),
         log_probs=jnp.zeros((batch, num_samples), jnp.float32),
     )

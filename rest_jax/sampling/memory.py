@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rest_jax import chips
 from rest_jax.errors import UserError
 from rest_jax.models import t5
 from rest_jax.partitioning import BATCH_AXES
@@ -35,6 +36,12 @@ _SHRUNK = {"cpu": (3 / 4, 1 / 2, 3 / 8, 1 / 4)}
 _SHRUNK_ELSEWHERE = (1 / 2, 1 / 4)
 _SHRUNK_SMALL = (1 / 2,)
 _SHRUNK_FEWEST_SLOTS = 64  # no fewer than _FEWEST_SLOTS
+# The compiler has 15.75 of a v5e's 16 GiB.
+_TPU_USABLE = 63 / 64
+# A branch for each number of blocks makes XLA's TPU backend copy the cache of all layers into another memory layout, in
+# every layer; and with slots that are filled again, some slot is nearly always in the last block. Heads side by side
+# are multiplied on its matrix units, in a group for each device of 'model' (docs/pods.md).
+_CACHE_BLOCKS = {"tpu": 1}
 # Of the logits: themselves, what is drawn from, and what the compiler keeps beside them.
 _LOGITS_COPIES = 3
 
@@ -87,6 +94,7 @@ def choose_layout(
         slots_per_group=per_group,
         places=min(places, math.ceil(batch / groups)),
         shrunk=tuple(fewer for fewer in shrunk if groups * fewer >= _SHRUNK_FEWEST_SLOTS),
+        cache_blocks=_CACHE_BLOCKS.get(platform, cache_lib.MAX_BLOCKS),
     )
 
 
@@ -129,7 +137,11 @@ def plan(
     is_small = device.platform == "cpu" and useful > _FULL_RATE_SLOTS
     shares = _SHRUNK_SMALL if is_small else _SHRUNK.get(device.platform, _SHRUNK_ELSEWHERE)
 
+    model_parallel = 1 if mesh is None else mesh.shape["model"]
+
     def planned(layout: Layout) -> Plan:
+        if device.platform == "tpu" and not beam_size:
+            layout = dataclasses.replace(layout, head_groups=model_parallel)
         parts = _bytes(
             config,
             layout=layout,
@@ -138,7 +150,7 @@ def plan(
             source_length=source_length,
             max_length=max_length,
             cache_dtype=cache_dtype or config.dtype,
-            model_parallel=1 if mesh is None else mesh.shape["model"],
+            model_parallel=model_parallel,
         )
         if reward_bytes:
             parts["reward's parameters"] = reward_bytes
@@ -168,6 +180,10 @@ def device_bytes(device: Any) -> int:
 
     Not what is free at the moment: all processes of a run must compile the same program, today and tomorrow.
     """
+    chip = chips.of_device(device)
+    if device.platform == "tpu" and chip is not None:
+        # From the table: other hosts' devices tell nothing, nor do those of a topology that is compiled for.
+        return int(chip.hbm_bytes * _TPU_USABLE)
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
@@ -219,12 +235,13 @@ def _bytes(
     slots = layout.slots + layout.groups * max(layout.shrunk, default=0)
     encoding = batch * source_length * ((activations + 1) * mlp + 4 * width) * item
     encoding += batch * config.num_heads * source_length**2 * 4
+    columns = cache_lib.num_columns(max_length, max_blocks=layout.cache_blocks)
     shared = {
         "parameters": 4 * (encoder + decoder + embeddings),
         "weights packed for decoding": item * decoder + 4 * vocab * config.emb_dim,
         "sources": batch * source_length * per_token * item,
         "sources in groups": layout.groups * layout.places * source_length * per_token * item,
-        "self-attention cache": slots * cache_lib.num_columns(max_length) * (per_token * cached + scales),
+        "self-attention cache": slots * columns * (per_token * cached + scales),
         "logits": _LOGITS_COPIES * layout.slots * vocab * 4,
         "encoding": encoding,
     }

@@ -1,6 +1,7 @@
 """Drawing and scoring in one program, over a data set chunk by chunk: what Grow and evaluation share."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -192,6 +193,23 @@ def sample_and_score(
         "reference_rewards": reward.combine(reference_components)[:, 0],
         "real": jnp.any(batch["encoder_input_tokens"] > 0, axis=-1),
     }
+
+
+def compile_sample_and_score(
+    *, model: Any, reward: Reward, sampling: Sampling, partitioner: Partitioner, max_length: int, reward_bytes: int = 0
+) -> Program:
+    """`sample_and_score` under jit, sources over the mesh's data axes."""
+    return jax.jit(
+        functools.partial(
+            sample_and_score,
+            model=model,
+            reward=reward,
+            sampling=sampling,
+            max_length=max_length,
+            mesh=partitioner.mesh,
+            reward_bytes=reward_bytes,
+        )
+    )
 
 
 def chunks(

@@ -10,6 +10,7 @@ import pytest
 from jax.extend import core as jax_core
 
 from rest_jax.sampling import LogitProcessing, decoder
+from rest_jax.sampling import cache as cache_lib
 from rest_jax.sampling.processors import NEGATIVE_INFINITY
 from rest_jax.sampling.sampler import decode
 from tests.sampling.conftest import make_tiny, padded_sources
@@ -17,7 +18,7 @@ from tests.sampling.conftest import make_tiny, padded_sources
 SOURCE_LENGTHS = (9, 4, 12)
 
 
-def step_by_step(tiny, sources, inputs, *, cache_dtype=None):
+def step_by_step(tiny, sources, inputs, *, cache_dtype=None, **cache_layout):
     """Logits `[batch, N, T, V]` of decode_position for decoder inputs `[batch, N, T]`."""
     config, length = tiny.config, inputs.shape[2]
     module = tiny.model.module
@@ -31,7 +32,7 @@ def step_by_step(tiny, sources, inputs, *, cache_dtype=None):
         encoded = module.apply({"params": params}, sources, enable_dropout=False, method=module.encode)
         cross = decoder.cross_attention(params, config, encoded=encoded)
         weights = decoder.pack_weights(params, config)
-        cache = decoder.empty_cache(config, max_length=length, slots=slots, dtype=cache_dtype)
+        cache = decoder.empty_cache(config, max_length=length, slots=slots, dtype=cache_dtype, **cache_layout)
         # Slot i starts i steps late, so that slots stand at different positions.
         late = jnp.arange(slots)
 
@@ -46,7 +47,6 @@ def step_by_step(tiny, sources, inputs, *, cache_dtype=None):
                 cache=cache,
                 cross=cross,
                 cross_bias=bias,
-                max_length=length,
             )
             return cache, logits
 
@@ -97,6 +97,38 @@ def test_positions_have_the_logits_of_the_whole_sequence(variant):
     assert expected.std() > 0.5
     # float32 sums in another order; logits are of size 10 at most, so 1e-4 is some 100 units in the last place.
     np.testing.assert_allclose(step_by_step(tiny, sources, inputs), expected, atol=1e-4)
+
+
+def test_heads_side_by_side_give_the_same_logits():
+    tiny = make_tiny(num_heads=4, head_dim=8)
+    sources = padded_sources(SOURCE_LENGTHS, width=15)
+    inputs = decoder_inputs(num_samples=2, length=40)
+    expected = step_by_step(tiny, sources, inputs)
+    for groups in (1, 2):
+        found = step_by_step(tiny, sources, inputs, head_groups=groups, max_blocks=groups)
+        # The same products and exact zeros, summed in another order; as above.
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_attention_does_not_depend_on_groups_of_heads(dtype):
+    slots, heads, size, filled = 6, 4, 8, 20
+    rng = np.random.default_rng(0)
+    said = rng.normal(size=(2, filled, slots, heads, size)).astype(np.float32)
+    query = rng.normal(size=(slots, heads, size)).astype(np.float32)
+
+    def read(groups):
+        shape = dict(layers=1, scanned=False, slots=slots, heads=heads, head_dim=size, max_length=40, dtype=dtype)
+        (cache,) = cache_lib.empty(**shape, head_groups=groups)
+        for position in range(filled):
+            cache = cache_lib.write(cache, *said[:, position], positions=jnp.full(slots, position))
+        hidden = np.where(np.arange(cache_lib.columns_of([cache])) < filled, 0, NEGATIVE_INFINITY)
+        bias = jnp.broadcast_to(hidden, (slots, heads, len(hidden)))
+        return cache_lib.attend(query, cache, bias=bias, filled=jnp.int32(filled))
+
+    for groups in (1, 2):
+        # float32 sums of 20 terms of size 1 in another order.
+        np.testing.assert_allclose(read(groups), read(None), atol=1e-6)
 
 
 def test_program_of_a_position_does_not_grow_with_the_number_of_scanned_layers():

@@ -1,0 +1,117 @@
+"""What the command `compile` does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rest_jax import chips
+from rest_jax.aot import report
+from rest_jax.aot.auto import Choice, candidates
+from rest_jax.aot.measure import Measured, measure
+from rest_jax.aot.programs import PHASES, Program, programs
+from rest_jax.errors import UserError
+from rest_jax.rest import ReST
+
+__all__ = ["PHASES", "run", "search"]
+
+
+def run(config: ReST, *, phases: tuple[str, ...], json_file: str | None) -> None:
+    """Compiles the programs of `phases` and prints what each takes.
+
+    Raises:
+      UserError: one does not fit; after all were tried.
+    """
+    print(_header(config), flush=True)
+    found = []
+    for program in programs(config, phases=phases):
+        measured = _measure(config, program)
+        print(report.describe(measured, devices=_devices(config)), flush=True)
+        found.append((measured, program.training is not None))
+    _write(json_file, {**_facts(config), "programs": [_as_json(config, measured) for measured, _ in found]})
+    failed = [each for each in found if not each[0].fits]
+    if failed:
+        raise UserError(report.too_large(failed))
+
+
+def search(config: ReST, *, phases: tuple[str, ...], json_file: str | None) -> None:
+    """Tries meshes and slots, and prints those that fit for each program, the fastest by the compiler first.
+
+    Raises:
+      UserError: for some program there is none.
+    """
+    print(_header(config), flush=True)
+    ranked: dict[str, list[tuple[Choice, Measured]]] = {}
+    for choice in candidates(config, phases=phases):
+        try:
+            made = programs(choice.config, phases=(choice.phase,))
+        except UserError as error:  # heads, widths or a batch that this mesh can not divide
+            print(f"{choice}: {error}", flush=True)
+            continue
+        for program in made:
+            try:
+                measured = _measure(choice.config, program)
+            except UserError as error:  # the memory plan found no room before anything was compiled
+                print(f"{choice}: {program.name}: {error}", flush=True)
+                continue
+            print(f"{choice}\n{report.describe(measured, devices=_devices(config))}", flush=True)
+            ranked.setdefault(program.name, [])
+            if measured.fits:
+                ranked[program.name].append((choice, measured))
+    lines, missing = [], [name for name, choices in ranked.items() if not choices]
+    for name, choices in ranked.items():
+        choices.sort(key=lambda each: each[1].seconds / each[1].tokens)
+        for rank, (choice, measured) in enumerate(choices, start=1):
+            per_token = measured.seconds / measured.tokens * 1e9
+            lines.append(f"{name} {rank}. {choice}: {per_token:.2f} ns a token, {report.hbm_text(measured)}")
+    print("\n".join(["", *lines]))
+    _write(
+        json_file,
+        {
+            **_facts(config),
+            "ranked": {
+                name: [{"choice": str(choice), **_as_json(choice.config, measured)} for choice, measured in choices]
+                for name, choices in ranked.items()
+            },
+        },
+    )
+    if missing or not ranked:
+        raise UserError(
+            f"No mesh of {_devices(config)} devices was found that holds {', '.join(missing) or 'any program'}: take a "
+            "larger topology, a smaller SOURCES_PER_CHUNK, more MICROBATCHES or REMAT_POLICY = 'full'."
+        )
+
+
+def _measure(config: ReST, program: Program) -> Measured:
+    return measure(program, model=config.model, lengths=dict(config.data.lengths))
+
+
+def _devices(config: ReST) -> int:
+    return int(config.partitioner.mesh.devices.size)
+
+
+def _facts(config: ReST) -> dict[str, Any]:
+    mesh = config.partitioner.mesh
+    return {"device_kind": mesh.devices.flat[0].device_kind, "devices": _devices(config), "mesh": dict(mesh.shape)}
+
+
+def _as_json(config: ReST, measured: Measured) -> dict[str, Any]:
+    return report.as_json(measured, devices=_devices(config))
+
+
+def _header(config: ReST) -> str:
+    mesh = config.partitioner.mesh
+    device = mesh.devices.flat[0]
+    hosts = len({each.process_index for each in mesh.devices.flat})
+    shape = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    chip = chips.of_device(device)
+    rates = (
+        "not in the table of chips: no times"
+        if chip is None
+        else f"{chip.flops / 1e12:.0f} TFLOP/s, {chip.hbm_bandwidth / 1e9:.0f} GB/s"
+    )
+    return f"{mesh.devices.size} x {device.device_kind} on {hosts} hosts ({rates}); mesh {shape}"
+
+
+def _write(json_file: str | None, found: dict[str, Any]) -> None:
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

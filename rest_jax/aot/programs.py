@@ -1,0 +1,157 @@
+"""Every compiled program of a run, with the shapes that it is called with: no weights and no data are made."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rest_jax.data.batching import feature_shapes
+from rest_jax.errors import UserError
+from rest_jax.evaluation.evaluate import samplings_of
+from rest_jax.grow import compile_grow
+from rest_jax.models.initial_params import initial_params
+from rest_jax.partitioning import Partitioner
+from rest_jax.rest import ReST
+from rest_jax.sampling import Sampling
+from rest_jax.sampling.scored import compile_sample_and_score
+from rest_jax.training import Training, compile_train_step, initial_state
+
+PHASES = ("bc", "grow", "improve", "evaluate")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """One program of a run.
+
+    Attributes:
+      phase: which part of Algorithm 1 runs it, one of PHASES.
+      name: the phase's, or of several of one phase each its own.
+      jitted: the function.
+      arguments: of each call, shapes with their shardings.
+      keywords: the static ones.
+      partitioner: the mesh that it runs on.
+      sampling: how it samples; None for a train step.
+      training: how it trains; None for one that samples.
+    """
+
+    phase: str
+    name: str
+    jitted: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    partitioner: Partitioner
+    sampling: Sampling | None = None
+    training: Training | None = None
+
+    def trace(self) -> Any:
+        """`jax.stages.Traced`, under the rules that the run traces with."""
+        if self.training is None:
+            return self.jitted.trace(*self.arguments, **self.keywords)
+        with self.partitioner.activation_rules():
+            return self.jitted.trace(*self.arguments, **self.keywords)
+
+
+def abstract_params(config: ReST) -> Any:
+    """Shapes of the policy's parameters."""
+    return jax.eval_shape(lambda: initial_params(config.model, jax.random.key(config.seed)))
+
+
+def programs(config: ReST, *, phases: tuple[str, ...] = PHASES) -> list[Program]:
+    """What a run compiles in `phases`.
+
+    Sources are as long as they may be, the longest of the few lengths that a run compiles for.
+
+    Raises:
+      UserError: what does not divide over the mesh.
+    """
+    params = abstract_params(config)
+    config.partitioner.param_shardings(params)
+    made: list[Program] = []
+    if "bc" in phases and config.bc.steps:
+        made.append(_train(config, "bc", config.bc, params))
+    if "grow" in phases and config.grow_steps:
+        jitted = compile_grow(
+            growing=config.growing,
+            model=config.model,
+            reward=config.reward,
+            partitioner=config.partitioner,
+            max_length=config.data.lengths["targets"],
+        )
+        made.append(_sample(config, "grow", "grow", config.growing.sampling, jitted, params))
+    if "improve" in phases and config.grow_steps and config.improve_steps:
+        made.append(_train(config, "improve", config.improving.training, params))
+    if "evaluate" in phases:
+        for name, sampling in samplings_of(config.evaluation).items():
+            jitted = compile_sample_and_score(
+                model=config.model,
+                reward=config.reward,
+                sampling=sampling,
+                partitioner=config.partitioner,
+                max_length=config.data.lengths["targets"],
+            )
+            made.append(_sample(config, "evaluate", name, sampling, jitted, params))
+    if not made:
+        raise UserError(f"--phase: this configuration has nothing to compile in {', '.join(phases)}.")
+    return made
+
+
+def _train(config: ReST, phase: str, training: Training, params: Any) -> Program:
+    partitioner = config.partitioner
+    macro = {"bc": "BATCH_SIZE / MICROBATCHES", "improve": "Improving.training.batch_size / microbatches"}[phase]
+    partitioner.check_batch_divisible(training.batch_size // training.microbatches, macro)
+    state = jax.eval_shape(
+        lambda params: initial_state(training=training, params=params, partitioner=partitioner), params
+    )
+    shapes = feature_shapes(
+        batch_size=training.batch_size,
+        source_length=config.data.lengths["inputs"],
+        target_length=config.data.lengths["targets"],
+        pack=training.pack,
+    )
+    batch = _placed(shapes, partitioner.batch_sharding())
+    step: Any = compile_train_step(training=training, model=config.model, partitioner=partitioner)
+    return Program(
+        phase=phase,
+        name=phase,
+        jitted=step.func,
+        arguments=(partitioner.with_shardings(state), batch, jax.eval_shape(lambda: jax.random.key(0))),
+        keywords=step.keywords,
+        partitioner=partitioner,
+        training=training,
+    )
+
+
+def _sample(
+    config: ReST, phase: str, name: str, sampling: Sampling, jitted: Callable[..., Any], params: Any
+) -> Program:
+    partitioner = config.partitioner
+    partitioner.check_batch_divisible(sampling.sources_per_chunk, "Sampling.sources_per_chunk")
+    rows = sampling.sources_per_chunk
+    batch = {
+        "encoder_input_tokens": jax.ShapeDtypeStruct((rows, config.data.lengths["inputs"]), jnp.int32),
+        "references": jax.ShapeDtypeStruct((rows, config.data.lengths["targets"]), jnp.int32),
+        "source_ids": jax.ShapeDtypeStruct((rows,), jnp.uint32),
+    }
+    reward_params = jax.eval_shape(lambda: config.reward.init(config.data.vocabulary))
+    number = jax.ShapeDtypeStruct((), jnp.uint32)
+    return Program(
+        phase=phase,
+        name=name,
+        jitted=jitted,
+        arguments=(
+            partitioner.with_shardings(params),
+            _placed(reward_params, partitioner.replicated()),
+            _placed(batch, partitioner.batch_sharding()),
+            number,
+            number,
+        ),
+        keywords={},
+        partitioner=partitioner,
+        sampling=sampling,
+    )
+
+
+def _placed(tree: Any, sharding: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)

@@ -1,0 +1,151 @@
+"""Topologies, what does not fit, and the command's errors; with libtpu also a program compiled for one."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rest_jax import chips, cli
+from rest_jax.aot import auto, hlo, measure, stand_in, topology
+from rest_jax.errors import UserError
+from rest_jax.partitioning import devices_of_trace, make_mesh, trace_mesh
+from rest_jax.rewards.chrf import ChrF
+from rest_jax.sampling import memory
+
+NEEDS_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'rest_jax[tpu-compile]'"
+)
+OUT_OF_MEMORY = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. \
+Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.
+
+Largest program allocations in hbm:
+
+  1. Size: 8.00G
+     Operator: op_name="jit(f)/dot"
+     Shape: f32[32768,65536]{1,0:T(8,128)}
+     Unpadded size: 8.00G
+     XLA label: fusion.1
+     Allocation type: HLO temp
+     ==========================
+
+  2. Size: 512.0M
+     Shape: bf16[4096,65536]{1,0:T(8,128)(2,1)}
+     Unpadded size: 512.0M
+     Allocation type: parameter: 0
+     ==========================
+"""
+
+
+def test_what_the_compiler_says_when_it_runs_out_of_memory():
+    needed, buffers = measure.read_out_of_memory(OUT_OF_MEMORY)
+    assert needed == int(20.5 * 2**30)
+    assert [size for _, size in buffers] == [8 * 2**30, 512 * 2**20]
+    assert buffers[0][0].startswith("f32[32768,65536]")
+    short = "the total memory required for HLO temporaries (20.00G) exceeds available HBM (15.75G)."
+    assert measure.read_out_of_memory(short) == (20 * 2**30, ())
+
+
+def test_chips_are_told_apart_by_their_kind():
+    class Device:
+        def __init__(self, device_kind, num_cores):
+            self.device_kind, self.num_cores = device_kind, num_cores
+
+    found = [chips.of_device(Device(kind, cores)) for kind, cores in (("TPU v5 lite", 1), ("TPU v5", 2), ("cpu", 1))]
+    assert [chip and chip.name for chip in found] == ["v5e", "v5p", None]
+    half, whole = (chips.of_device(Device("TPU v4", cores)) for cores in (1, 2))
+    assert half.flops * 2 == whole.flops and half.hbm_bytes * 2 == whole.hbm_bytes
+
+
+def test_without_libtpu_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    topology.devices.cache_clear()
+    with pytest.raises(UserError, match=r"rest_jax\[tpu-compile\]"):
+        topology.devices(name="v5e:2x2")
+
+
+def test_choices_follow_the_mesh_not_this_machine():
+    mesh = make_mesh(devices=jax.devices()[:4])
+    seen = []
+
+    @jax.jit
+    def f(x):
+        with trace_mesh(mesh):
+            seen.append(devices_of_trace())
+        seen.append(devices_of_trace())
+        return x
+
+    f(1.0)
+    assert seen == [("cpu", 4), ("cpu", 8)]
+
+
+def test_a_stand_in_vocabulary_serves_a_reward():
+    vocabulary = stand_in.StandInVocabulary(500)
+    table = ChrF().init(vocabulary)
+    assert table.codes.shape[0] == 501
+    assert vocabulary.decode([4, 5, 1]) == vocabulary.decode_batch([[4, 5]])[0]
+    pieces = {vocabulary.id_to_piece(token) for token in range(500)}
+    assert len(pieces) == 500
+
+
+def test_unknown_effort_is_refused(capsys):
+    arguments = ["compile", "--gin_file=models/nano.gin", "--topology=v5e:2x2", "--effort=3"]
+    assert cli.main(arguments) == cli.EXIT_USER
+    assert "--effort is 3.0" in capsys.readouterr().err
+
+
+@NEEDS_LIBTPU
+def test_a_topology_has_its_devices_memory_and_platform():
+    devices = topology.devices(name="v5e:2x2")
+    mesh = make_mesh(model=2, devices=devices)
+    assert dict(mesh.shape) == {"replica": 1, "data": 2, "model": 2}
+    assert 15 * 2**30 < memory.device_bytes(devices[0]) < 16 * 2**30
+    with trace_mesh(mesh):
+        assert devices_of_trace() == ("tpu", 4)
+    two = make_mesh(replica=2, devices=topology.devices(name="v5e:2x2", slices=2))
+    assert [{device.slice_index for device in replica.ravel()} for replica in two.devices] == [{0}, {1}]
+    with pytest.raises(UserError, match="v5e:3x5"):
+        topology.devices(name="v5e:3x5")
+
+
+@pytest.fixture
+def no_cache():
+    """What is compiled for devices that are not here can not be read back from JAX's cache on disk."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
+
+
+@NEEDS_LIBTPU
+def test_a_program_compiled_for_a_tpu_is_read(no_cache):
+    mesh = make_mesh(devices=topology.devices(name="v5e:2x2"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    rows = NamedSharding(mesh, PartitionSpec(("replica", "data")))
+
+    def f(kernels, x):
+        return jnp.sum(jax.lax.scan(lambda x, kernel: (x @ kernel, None), x, kernels)[0])
+
+    shapes = (
+        jax.ShapeDtypeStruct((6, 1024, 1024), jnp.bfloat16, sharding=whole),
+        jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16, sharding=rows),
+    )
+    compiled = jax.jit(f).lower(*shapes).compile()
+    analysis = hlo.analyse(compiled.as_text(), devices_per_slice=4)
+    assert not analysis.loops
+    assert [each.kind for each in analysis.once.collectives] == ["all-reduce"]
+    chip = chips.of_device(mesh.devices.flat[0])
+    least = 6 * 2 * 1024**3 / chip.flops
+    assert least < analysis.once.cycles / chip.clock < 4 * least
+    # The layers' kernels are read once each, slice by slice; activations stay in the core's memory.
+    assert 12 * 2**20 <= analysis.once.hbm_bytes < 16 * 2**20
+
+
+def test_the_search_leaves_out_widths_that_heads_can_not_have():
+    assert [width for width in auto.MODEL_PARALLEL if 6 % width == 0] == [1, 2]
+    assert np.lcm.reduce(auto.MODEL_PARALLEL) == 16

@@ -1,0 +1,1 @@
+"""The table of pods: what each public model takes on each TPU, compiled ahead of time."""

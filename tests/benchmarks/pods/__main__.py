@@ -1,0 +1,142 @@
+"""Compiles every public model for every TPU, Grow and Improve, and writes the table of `docs/pods.md`.
+
+    python -m tests.benchmarks.pods --json build/pods.json [--models t5_1_1_small ...] [--chips v5e ...]
+
+Each row is one run of `python -m rest_jax compile`; of the meshes in MODEL_PARALLEL the narrowest that fits is kept.
+Rows that stand in the file are not compiled again, so that a run that was stopped goes on.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+# Name of the model's gin file -> ids of its vocabulary, as `spiece.model` has them with T5's 100 sentinels.
+MODELS = {
+    "t5_1_1_small": 32100,
+    "t5_1_1_base": 32100,
+    "t5_1_1_large": 32100,
+    "t5_1_1_xl": 32100,
+    "t5_1_1_xxl": 32100,
+    "madlad400_3b": 256000,
+    "madlad400_10b": 256000,
+}
+# One host, one slice of 256 chips, two such slices.
+TOPOLOGIES = {
+    "v5e": {"host": ("v5e:2x4", 1), "slice": ("v5e:16x16", 1), "slices": ("v5e:16x16", 2)},
+    "v5p": {"host": ("v5p:2x2x1", 1), "slice": ("v5p:4x8x8", 1), "slices": ("v5p:4x8x8", 2)},
+    "v6e": {"host": ("v6e:2x4", 1), "slice": ("v6e:16x16", 1), "slices": ("v6e:16x16", 2)},
+}
+CHIPS = {"host": {"v5e": 8, "v5p": 4, "v6e": 8}, "slice": dict.fromkeys(TOPOLOGIES, 256)}
+MODEL_PARALLEL = (1, 2, 4, 8, 16)
+SOURCES_PER_SHARD, ROWS_PER_SHARD = 8, 8
+_lock = threading.Lock()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", required=True, type=Path)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--chips", nargs="+", default=list(TOPOLOGIES), choices=TOPOLOGIES)
+    parser.add_argument("--scales", nargs="+", default=["host", "slice", "slices"])
+    parser.add_argument("--phases", nargs="+", default=["grow", "improve"], choices=["grow", "improve"])
+    parser.add_argument("--effort", type=float, default=-1.0, help="the compiler's; see `compile --help`")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    found: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
+    wanted = [
+        (model, chip, scale, phase)
+        for scale in options.scales
+        for model in options.models
+        for chip in options.chips
+        for phase in options.phases
+        if "/".join((model, chip, scale, phase)) not in found
+    ]
+
+    def one(row: tuple[str, str, str, str]) -> None:
+        result = compile_row(*row, effort=options.effort)
+        with _lock:
+            found["/".join(row)] = result
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+            print(line(*row, result), flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(options.processes) as pool:
+        list(pool.map(one, wanted))
+    print(table(found))
+
+
+def compile_row(model: str, chip: str, scale: str, phase: str, *, effort: float) -> dict[str, Any]:
+    """What `compile` finds for the narrowest mesh that fits; why not, where none does."""
+    topology, slices = TOPOLOGIES[chip][scale]
+    devices = CHIPS["host" if scale == "host" else "slice"][chip] * slices
+    reason = ""
+    for width in MODEL_PARALLEL:
+        if devices % (slices * width):
+            continue
+        shards = devices // width
+        bindings = {
+            "VOCABULARY_SIZE": MODELS[model],
+            "MODEL_PARALLEL": width,
+            "REPLICAS": slices,
+            "SOURCES_PER_CHUNK": SOURCES_PER_SHARD * shards,
+            "BATCH_SIZE": ROWS_PER_SHARD * shards,
+        }
+        if phase == "improve":
+            bindings |= {
+                "REMAT_POLICY": "'full'",
+                "partitioning.standard_logical_axis_rules.parameter_partitioning_dims": 2,
+            }
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "found.json"
+            command = [sys.executable, "-m", "rest_jax", "compile", f"--gin_file=models/{model}.gin"]
+            command += ["--gin_file=tests/benchmarks/pods/pods.gin", f"--topology={topology}", f"--slices={slices}"]
+            command += [f"--phase={phase}", f"--effort={effort}", f"--json={file}"]
+            command += [f"--gin.{name}={value}" for name, value in bindings.items()]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                return {"fits": True, "command": command[1:], **json.loads(file.read_text())}
+            reason = done.stderr.strip().splitlines()[-1]
+            # What does not fit, or does not divide, may do so on a wider mesh; any other error is one of this script's.
+            if done.returncode != 2 or not ("does not fit" in reason or "divided" in reason):
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return {"fits": False, "reason": reason}
+
+
+def line(model: str, chip: str, scale: str, phase: str, result: dict[str, Any]) -> str:
+    """A row of the table."""
+    topology, slices = TOPOLOGIES[chip][scale]
+    where = topology if slices == 1 else f"{slices} x {topology}"
+    if not result["fits"]:
+        return f"| {model} | {where} | {phase} | none of the widths {MODEL_PARALLEL} fits | | | | | |"
+    (found,) = result["programs"]
+    mesh = " x ".join(str(size) for size in result["mesh"].values())
+    cells = [
+        model,
+        where,
+        phase,
+        mesh,
+        "" if found["slots"] is None else str(found["slots"]),
+        f"{found['total'] / 2**30:.2f} of {found['hbm'] / 2**30:.2f}",
+        f"{found['tokens_per_second_per_device']:,.0f}",
+        f"{found['roofline_share']:.0%}",
+        f"{found['compile_seconds']:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(found: dict[str, Any]) -> str:
+    head = (
+        "| model | topology | phase | replica x data x model | slots | GiB of HBM | tokens/s a device | roofline | s |"
+    )
+    rows = [line(*name.split("/"), result) for name, result in sorted(found.items())]
+    return "\n".join([head, "|---" * 9 + "|", *rows])
+
+
+if __name__ == "__main__":
+    main()
