@@ -34,6 +34,7 @@ from rest_jax.evaluation.evaluate import Evaluation, Evaluator
 from rest_jax.filters import check_schedule
 from rest_jax.models.initial_params import initial_params
 from rest_jax.partitioning import Partitioner
+from rest_jax.processes import Processes
 from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
 from rest_jax.reporting.report import write_report
@@ -155,13 +156,21 @@ class Runner:
     Args:
       config: the run.
       stop_requested: True after SIGTERM; the phase in progress saves and raises `Preempted`.
+      processes: of the run, all of which make a Runner; None where there is one.
 
     Raises:
       UserError: something in the configuration or the data does not fit; nothing was written.
     """
 
-    def __init__(self, config: ReST, *, stop_requested: Callable[[], bool] = lambda: False):
+    def __init__(
+        self,
+        config: ReST,
+        *,
+        stop_requested: Callable[[], bool] = lambda: False,
+        processes: Processes | None = None,
+    ):
         self.config = config
+        self.processes = processes or Processes()
         self.model_dir = Path(config.model_dir)
         self._stop_requested = stop_requested
         check_reward(config.reward, has_references=True)
@@ -185,7 +194,7 @@ class Runner:
         data = config.data
         self.train_set = data.open(data.train_split)
         eval_set, test_set = data.open(data.eval_split), data.open(data.test_split)
-        self.reward_params = config.reward.init(data.vocabulary)
+        self.reward_params = config.partitioner.put_everywhere(config.reward.init(data.vocabulary))
         self.evaluator = Evaluator(
             evaluation=config.evaluation,
             model=config.model,
@@ -204,7 +213,7 @@ class Runner:
             restart_from_base=config.improving.restart_from_base,
         )
         self._grow_program: Any = None
-        self._writer = MetricsWriter(self.model_dir, enabled=jax.process_index() == 0)
+        self._writer = MetricsWriter(self.model_dir, enabled=self.processes.lead)
 
     def run(self, phases: Iterable[Phase] | None = None) -> None:
         """Runs phases in order, all of Algorithm 1 by default; finished ones are skipped."""
@@ -222,8 +231,10 @@ class Runner:
                 )
             started = time.monotonic()
             result = getattr(self, f"_{phase.kind}")(phase, self._progress(phase))
-            write_json(mark, {"name": phase.name, **result, "seconds": round(time.monotonic() - started, 2)})
-            if phase.kind == "evaluate":
+            if self.processes.lead:
+                write_json(mark, {"name": phase.name, **result, "seconds": round(time.monotonic() - started, 2)})
+            self.processes.wait_for_file(mark)
+            if phase.kind == "evaluate" and self.processes.lead:
                 self._summarise(num_resamples=0)
         self._writer.close()
 
@@ -246,10 +257,17 @@ class Runner:
         return summary
 
     def finish(self) -> str:
-        """Writes the last policy to MODEL_DIR/policy, the comparisons and the report; returns the table of the run."""
+        """Writes the last policy to MODEL_DIR/policy, the comparisons and the report; returns the table of the run.
+
+        All processes write the policy, the first one the rest; to the others it returns an empty text.
+        """
         trained = [phase.name for phase in self.phases if phase.kind in ("bc", "improve")]
         last = [name for name in trained if self.result(name) is not None][-1]
-        checkpointer.save_params(self.model_dir / "policy", self.policy(last), dtype=self.config.policy_dtype)
+        checkpointer.save_params(
+            self.model_dir / "policy", self.policy(last), dtype=self.config.policy_dtype, processes=self.processes
+        )
+        if not self.processes.lead:
+            return ""
         summary = self._summarise(num_resamples=self.config.evaluation.bootstrap_resamples)
         report = write_report(self.model_dir)
         return f"{format_table(summary)}\n\nReport: {report}"
@@ -311,6 +329,7 @@ class Runner:
             dataset=self.train_set,
             lengths=config.data.lengths,
             partitioner=config.partitioner,
+            processes=self.processes,
             seed=config.seed,
             grow_step=phase.grow_step,
             progress=progress,
@@ -413,7 +432,7 @@ class Runner:
         parts = [f"grow {phase.grow_step}/{self.config.grow_steps}"] if phase.grow_step else []
         if phase.kind == "improve":
             parts.append(f"improve {phase.improve_step}/{self.config.improve_steps}")
-        return ProgressLine(" | ".join(parts) or phase.name, enabled=jax.process_index() == 0)
+        return ProgressLine(" | ".join(parts) or phase.name, enabled=self.processes.lead)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -290,6 +290,7 @@ def fit(
         pack=training.pack,
         seed=seed,
         eos_id=eos_id_of(model.output_vocabulary),
+        rows=partitioner.local_rows(training.batch_size),
     )
     batches = plan.iterator(start_step=step)
     dropout_key = jax.random.key(seed)

@@ -19,6 +19,7 @@ from orbax.checkpoint import checkpoint_managers
 from rest_jax.checkpoints import formats, orbax_files, tensors
 from rest_jax.checkpoints.formats import STATE_ITEM, STEP_PREFIX, find_checkpoint
 from rest_jax.partitioning import Partitioner
+from rest_jax.processes import Processes
 
 __all__ = ["PhaseCheckpoints", "check_fits", "find_checkpoint", "load_params", "save_params", "step_directory"]
 
@@ -92,16 +93,24 @@ def step_directory(directory: Path, step: int) -> Path:
     return directory / f"{STEP_PREFIX}_{step}"
 
 
-def save_params(directory: Path, params: Tree, *, dtype: str | None = None) -> None:
-    """Writes parameters alone, cast to `dtype`: what `INITIAL_CHECKPOINT_PATH` takes. Replaces what stood there."""
+def save_params(directory: Path, params: Tree, *, dtype: str | None = None, processes: Processes | None = None) -> None:
+    """Writes parameters alone, cast to `dtype`: what `INITIAL_CHECKPOINT_PATH` takes. Replaces what stood there.
+
+    All `processes` of a run write their devices' parts together; None is one process.
+    """
+    processes = processes or Processes()
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
     partial = directory.with_name(f"{directory.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    if processes.lead:
+        shutil.rmtree(partial, ignore_errors=True)
+    processes.wait(f"{partial.name} deleted")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial.absolute() / STATE_ITEM, {"target": params})
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    if processes.lead:
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    processes.wait_for_file(directory)
 
 
 def load_params(path: str, *, abstract_params: Tree, partitioner: Partitioner) -> Tree:

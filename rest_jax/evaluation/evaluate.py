@@ -133,7 +133,7 @@ class Evaluator:
             stream=EVALUATION_STREAM,
         ):
             real = len(group.indices)
-            reward, sample = jax.device_get((result["rewards"], result["samples"].tokens))
+            reward, sample = self._partitioner.fetch((result["rewards"], result["samples"].tokens))
             order.append(group.indices)
             rewards.append(reward[:real])
             tokens.append(sample[:real])
@@ -218,6 +218,9 @@ def translation_sampling(sampling: Sampling, *, beam_size: int, beam_alpha: floa
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """By process 0 alone; all have the rows."""
+    if jax.process_index() > 0:
+        return
     partial = path.with_name(f"{path.name}.tmp")
     with partial.open("w", encoding="utf-8") as file:
         for row in rows:
