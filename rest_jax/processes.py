@@ -76,8 +76,9 @@ class Processes:
             came = {int(key.rsplit("/", 1)[1]) for key, _ in self._client.key_value_dir_get(folder)}
             lost = sorted(set(range(self.count)) - came)
             raise LostProcessError(
-                f"waited {timeout:.0f} s at {name.split('/', 1)[-1]!r} for {_named(lost)} of {self.count}, which did "
-                "not come. Run the same command again on all hosts: what was finished is kept."
+                f"waited {timeout:.0f} s at {name.split('/', 1)[-1]!r} for {_named(lost) if lost else 'some process'} "
+                f"of {self.count}, which did not come. Run the same command again on all hosts: what was finished is "
+                "kept."
             ) from error
         said = dict(self._client.key_value_dir_get(folder))
         return [said[f"{folder}{index}"].removeprefix("=") for index in range(self.count)]
@@ -177,7 +178,11 @@ def joined(
     Raises:
       UserError: some of the three arguments, but not all.
     """
-    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    given: dict[str, Any] = {
+        "coordinator_address": coordinator_address,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
         raise UserError(

@@ -137,6 +137,7 @@ def _runner(options: Any) -> Iterator[Any]:
         if together.count > 1:
             together.check_same("the number of pairs in each split", str(sizes))
             together.check_shared(draft.model_dir, "MODEL_DIR")
+            together.check_same("what --dry_run prints (devices, memory, finished phases)", text)
         yield Runner(rest, stop_requested=stop_requested, processes=together)
 
 

@@ -164,6 +164,8 @@ def device_bytes(device: Any) -> int:
 
     Not what is free at the moment: all processes of a run must compile the same program, today and tomorrow.
     """
+    if device.process_index != jax.process_index():
+        device = jax.local_devices()[0]  # another host's tells nothing; all hosts' are alike
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
