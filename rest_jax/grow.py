@@ -348,7 +348,12 @@ def fetch_survivors(survivors: Mapping[str, jax.Array], kept: np.ndarray) -> dic
     length = min(-(-int(kept.max()) // unit) * unit, rows)
     shards, fetched = fetch_owned(_first_rows(dict(survivors), length))
     return {
-        name: np.concatenate([field[:0, 0], *(rows[:count] for rows, count in zip(field, kept[shards], strict=True))])
+        name: np.concatenate(
+            [
+                np.zeros((0, *field.shape[2:]), field.dtype),
+                *(rows[:count] for rows, count in zip(field, kept[shards], strict=True)),
+            ]
+        )
         for name, field in fetched.items()
     }
 

@@ -35,6 +35,7 @@ from rest_jax.filters import check_schedule
 from rest_jax.models.initial_params import initial_params
 from rest_jax.partitioning import Partitioner
 from rest_jax.processes import Processes
+from rest_jax.profiling import ProfiledSteps
 from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
 from rest_jax.reporting.report import write_report
@@ -157,6 +158,8 @@ class Runner:
       config: the run.
       stop_requested: True after SIGTERM; the phase in progress saves and raises `Preempted`.
       processes: of the run, all of which make a Runner; None where there is one.
+      beat: called at each sign of progress (`watchdog`).
+      profiled: training steps to trace.
 
     Raises:
       UserError: something in the configuration or the data does not fit; nothing was written.
@@ -168,11 +171,14 @@ class Runner:
         *,
         stop_requested: Callable[[], bool] = lambda: False,
         processes: Processes | None = None,
+        beat: Callable[[], None] = lambda: None,
+        profiled: ProfiledSteps | None = None,
     ):
         self.config = config
         self.processes = processes or Processes()
         self.model_dir = Path(config.model_dir)
-        self._stop_requested = stop_requested
+        self._beat, self._profiled = beat, profiled
+        self._asked_to_stop = stop_requested
         check_reward(config.reward, has_references=True)
         if config.grow_steps and config.improve_steps:
             check_schedule(config.improving.schedule, improve_steps=config.improve_steps)
@@ -205,6 +211,7 @@ class Runner:
             eval_set=eval_set,
             test_set=test_set,
             seed=config.seed,
+            beat=beat,
         )
         self.phases = algorithm_1(
             grow_steps=config.grow_steps,
@@ -214,6 +221,11 @@ class Runner:
         )
         self._grow_program: Any = None
         self._writer = MetricsWriter(self.model_dir, enabled=self.processes.lead)
+
+    def _stop_requested(self) -> bool:
+        """Asked once a step or chunk: each is a sign of progress."""
+        self._beat()
+        return self._asked_to_stop()
 
     def run(self, phases: Iterable[Phase] | None = None) -> None:
         """Runs phases in order, all of Algorithm 1 by default; finished ones are skipped."""
@@ -422,6 +434,7 @@ class Runner:
             metrics_writer=self._writer,
             phase=phase.name,
             stop_requested=self._stop_requested,
+            profiled=self._profiled,
         )
         return dataclasses.asdict(result)
 

@@ -20,6 +20,7 @@ from rest_jax.errors import Preempted, UserError
 from rest_jax.objectives import Objective, bc
 from rest_jax.optimizers import MakeOptimizer, MakeSchedule, adamw, cosine
 from rest_jax.partitioning import Partitioner
+from rest_jax.profiling import ProfiledSteps
 from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
 
@@ -243,6 +244,7 @@ def fit(
     metrics_writer: MetricsWriter,
     phase: str,
     stop_requested: Callable[[], bool],
+    profiled: ProfiledSteps | None = None,
 ) -> FitResult:
     """Trains from `initial_params` and keeps the checkpoint with the best mean reward on D_eval.
 
@@ -263,6 +265,7 @@ def fit(
       seed: of data order and dropout.
       progress, metrics_writer, phase: where to report, under which name.
       stop_requested: True after SIGTERM.
+      profiled: steps to trace, see `profiling`.
 
     Raises:
       Preempted: after saving, when `stop_requested`.
@@ -348,6 +351,8 @@ def fit(
         if step == 0 and initial_reward is not None and not history:
             measure(known=initial_reward)
         while step < training.steps and not out_of_patience():
+            if profiled is not None:
+                profiled.before(step, waits_for=state.step)
             batch = partitioner.put_batch(next(batches)[1])
             with partitioner.activation_rules():
                 state, metrics = step_fn(state, batch, dropout_key)
@@ -367,6 +372,8 @@ def fit(
                 raise Preempted(f"{phase}: stopped at step {step}; everything is saved.")
         if not history:
             measure()
+        if profiled is not None:
+            profiled.stop(waits_for=state.step)
     finally:
         checkpoints.close()
     best_step, best_reward = best_of(history)

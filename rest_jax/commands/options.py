@@ -34,6 +34,20 @@ def add_process_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--barrier_seconds", type=float, default=600.0, help="how long the others wait for one before they give up"
     )
+    sub.add_argument(
+        "--watchdog_seconds",
+        type=float,
+        help="no step, chunk or phase ended for so long: print all threads' stacks and exit with 1; must exceed what "
+        "the longest compilation takes; without it, never",
+    )
+    sub.add_argument(
+        "--profile_steps", metavar="FIRST:LAST", help="trace these training steps into MODEL_DIR/profile, e.g. 10:15"
+    )
+    sub.add_argument(
+        "--compilation_cache_dir",
+        help="where compiled programs are kept for the next start; a folder that all hosts share, or gs://; without it, "
+        "$JAX_COMPILATION_CACHE_DIR",
+    )
 
 
 def load_config(options: Any, *, fallbacks: dict[str, str] | None = None, also: Sequence[str] = ()) -> None:

@@ -96,11 +96,17 @@ def _runner(options: Any) -> Iterator[Any]:
     """The checked run; None after a dry run, which has then said what there is to say. Nothing is written yet."""
     import dataclasses
 
+    import jax
+
     from rest_jax import config, paths, plan, processes, run_files
     from rest_jax.data.parallel import UnreadData
     from rest_jax.preemption import stop_of_any, stop_on_sigterm
+    from rest_jax.profiling import ProfiledSteps
     from rest_jax.rest import ReST, Runner
+    from rest_jax.watchdog import watchdog
 
+    if options.compilation_cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", options.compilation_cache_dir)
     with contextlib.ExitStack() as stack:
         together = stack.enter_context(
             processes.joined(
@@ -138,7 +144,11 @@ def _runner(options: Any) -> Iterator[Any]:
             together.check_same("the number of pairs in each split", str(sizes))
             together.check_shared(draft.model_dir, "MODEL_DIR")
             together.check_same("what --dry_run prints (devices, memory, finished phases)", text)
-        yield Runner(rest, stop_requested=stop_requested, processes=together)
+        profiled = None
+        if options.profile_steps is not None:
+            profiled = ProfiledSteps.parse(options.profile_steps, draft.model_dir)
+        beat = stack.enter_context(watchdog(options.watchdog_seconds))
+        yield Runner(rest, stop_requested=stop_requested, processes=together, beat=beat, profiled=profiled)
 
 
 def _run_phases(options: Any, runner: Any, phases: Sequence[Any]) -> None:

@@ -4,7 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ class Evaluator:
         eval_set: TokenDataset,
         test_set: TokenDataset,
         seed: int,
+        beat: Callable[[], None] = lambda: None,
     ):
         self._model = model
         self._reward = reward
@@ -89,6 +90,7 @@ class Evaluator:
         self._eval_set = eval_set
         self._test_set = test_set
         self._seed = seed
+        self._beat = beat  # called at each sign of progress
         self._sampling = evaluation.sampling
         self._selection = dataclasses.replace(evaluation.sampling, num_samples=evaluation.selection_samples)
         self._selection_indices = choose_sources(
@@ -132,6 +134,7 @@ class Evaluator:
             seed=self._seed,
             stream=EVALUATION_STREAM,
         ):
+            self._beat()
             real = len(group.indices)
             reward, sample = self._partitioner.fetch((result["rewards"], result["samples"].tokens))
             order.append(group.indices)
