@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rest_jax import chips
 from rest_jax import grow as grow_lib
 from rest_jax import improve as improve_lib
 from rest_jax import training as training_lib
@@ -445,7 +446,14 @@ class Runner:
         parts = [f"grow {phase.grow_step}/{self.config.grow_steps}"] if phase.grow_step else []
         if phase.kind == "improve":
             parts.append(f"improve {phase.improve_step}/{self.config.improve_steps}")
-        return ProgressLine(" | ".join(parts) or phase.name, enabled=self.processes.lead)
+        devices = self.config.partitioner.mesh.devices.ravel().tolist()
+        chip = chips.of_device(devices[0])
+        return ProgressLine(
+            " | ".join(parts) or phase.name,
+            enabled=self.processes.lead,
+            devices=len(devices),
+            peak_flops=None if chip is None else chip.flops * len(devices),
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

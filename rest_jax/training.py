@@ -222,6 +222,24 @@ class FitResult:
     history: tuple[tuple[int, float], ...]  # (step, mean reward on D_eval)
 
 
+def training_flops(params: Params, *, source_tokens: float, target_tokens: float) -> float:
+    """Of forward and backward passes: 6 for each parameter that a token is multiplied with.
+
+    The usual count for model-flops utilisation (arXiv 2204.02311, appendix B), here without attention's products of
+    activations: less than is computed. A table that is looked up costs nothing; one that also makes the logits counts.
+
+    Args:
+      params: T5X's tree, or its shapes.
+      source_tokens, target_tokens: without padding.
+    """
+    encoder, decoder = (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params[side])) for side in ("encoder", "decoder")
+    )
+    if "logits_dense" not in params["decoder"]:
+        decoder += math.prod(params["token_embedder"]["embedding"].shape)
+    return 6.0 * (encoder * source_tokens + decoder * target_tokens)
+
+
 def best_of(history: Sequence[tuple[int, float]]) -> tuple[int, float]:
     """The (step, reward) of highest reward, of equal ones the earliest."""
     return max(history, key=lambda item: (item[1], -item[0]))
@@ -285,6 +303,7 @@ def fit(
         step, tokens, history = latest, saved["tokens"], [(int(s), float(r)) for s, r in saved["history"]]
 
     step_fn = compile_train_step(training=training, model=model, partitioner=partitioner)
+    rows = partitioner.local_rows(training.batch_size)
     plan = BatchPlan(
         mixture,
         batch_size=training.batch_size,
@@ -293,13 +312,14 @@ def fit(
         pack=training.pack,
         seed=seed,
         eos_id=eos_id_of(model.output_vocabulary),
-        rows=partitioner.local_rows(training.batch_size),
+        rows=rows,
     )
     batches = plan.iterator(start_step=step)
     dropout_key = jax.random.key(seed)
     progress.start(total=training.steps, done=step)
     # Lines of a phase that left no checkpoint are all written again, those of step 0 too.
     metrics_writer.resume(phase=phase, step=-1 if latest is None else step)
+    source_tokens = 0.0  # Since the last log line, of all processes, if their rows are like this one's.
     pending: list[dict[str, jax.Array]] = []  # Metrics of the steps since the last log line, still on the device.
 
     def save() -> None:
@@ -316,7 +336,7 @@ def fit(
         progress.log_event(f"step {step} | mean reward on D_eval {reward:.4f}")
 
     def flush() -> None:
-        nonlocal tokens
+        nonlocal tokens, source_tokens
         fetched = jax.device_get(pending)
         first = step - len(fetched)
         for offset, values in enumerate(fetched):
@@ -339,7 +359,9 @@ def fit(
             "accuracy": total["correct"] / weight,
             "grad_norm": total["grad_norm"] / len(fetched),
         }
-        progress.update(step, tokens=int(total["weight_sum"]), loss=scalars["loss"])
+        flops = training_flops(abstract_params, source_tokens=source_tokens, target_tokens=total["weight_sum"])
+        progress.update(step, tokens=int(total["weight_sum"]), flops=flops, loss=scalars["loss"])
+        source_tokens = 0.0
         metrics_writer.write(phase=phase, step=step, scalars=scalars)
 
     def out_of_patience() -> bool:
@@ -353,7 +375,9 @@ def fit(
         while step < training.steps and not out_of_patience():
             if profiled is not None:
                 profiled.before(step, waits_for=state.step)
-            batch = partitioner.put_batch(next(batches)[1])
+            local = next(batches)[1]
+            source_tokens += np.count_nonzero(local["encoder_input_tokens"]) * training.batch_size / len(rows)
+            batch = partitioner.put_batch(local)
             with partitioner.activation_rules():
                 state, metrics = step_fn(state, batch, dropout_key)
             pending.append(metrics)

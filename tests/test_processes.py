@@ -106,8 +106,7 @@ def rows(model_dir: Path) -> list[dict[str, Any]]:
     return sorted(table.to_pylist(), key=lambda row: (row["source_id"], row["sample_id"]))
 
 
-def parameters(model_dir: Path) -> dict[str, np.ndarray]:
-    directory = model_dir / "policy" / "state"
+def parameters(directory: Path) -> dict[str, np.ndarray]:
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(directory).item_metadata.tree
         numpy_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
@@ -124,10 +123,11 @@ def check_same_run(model_dir: Path, other: Path) -> None:
         for key in row.keys() - exact.keys():
             # A log-probability adds up to 24 tokens' of about 6 each, from logits that parameters' errors move.
             np.testing.assert_allclose(row[key], same[key], atol=24 * TOLERANCE, err_msg=key)
-    first, second = parameters(model_dir), parameters(other)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        np.testing.assert_allclose(value, second[name], rtol=0, atol=TOLERANCE, err_msg=name)
+    for folder in ("bc/checkpoint_8", "grow_1/improve_1/checkpoint_4", "policy"):
+        first, second = (parameters(run / folder / "state") for run in (model_dir, other))
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            np.testing.assert_allclose(value, second[name], rtol=0, atol=TOLERANCE, err_msg=f"{folder} {name}")
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (model_dir, other)]
     for phase, same in zip(*(summary["phases"] for summary in summaries), strict=True):
         for key in phase.keys() - {"seconds"}:

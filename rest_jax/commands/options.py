@@ -45,8 +45,8 @@ def add_process_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--compilation_cache_dir",
-        help="where compiled programs are kept for the next start; a folder that all hosts share, or gs://; without it, "
-        "$JAX_COMPILATION_CACHE_DIR",
+        help="where compiled programs are kept for the next start: a folder that all hosts share, or gs://; without "
+        "it, $JAX_COMPILATION_CACHE_DIR",
     )
 
 
