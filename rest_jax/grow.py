@@ -25,6 +25,7 @@ from rest_jax.processes import Processes
 from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
 from rest_jax.rewards.base import Reward
+from rest_jax.rewards.guards import GUARD_PREFIX
 from rest_jax.sampling import Sampling
 from rest_jax.sampling.scored import Program, choose_sources, chunks, run_chunks, sample_and_score
 
@@ -67,6 +68,7 @@ def grow_chunk(
     stream: jax.Array,
     *,
     growing: Growing,
+    reward: Reward,
     data_shards: int,
     **sample_and_score_kwargs: Any,
 ) -> dict[str, Any]:
@@ -75,11 +77,17 @@ def grow_chunk(
     Returns:
       survivors: `{field: [data_shards, batch * num_samples / data_shards, ...]}`, kept rows first, the rest zeros;
       kept: `[data_shards]`, how many rows of each shard survived;
-      sources: per-source rewards, validity, and reference reward;
+      sources: per-source rewards, validity and reference reward, the rewards with their components;
       statistics: sums over all samples of the chunk (see `chunk_statistics`).
     """
-    scored = sample_and_score(params, reward_params, batch, seed, stream, **sample_and_score_kwargs)
+    scored = sample_and_score(params, reward_params, batch, seed, stream, reward=reward, **sample_and_score_kwargs)
     samples, rewards, real = scored["samples"], scored["rewards"], scored["real"]
+    # In the place of scored["reference_rewards"], which has no components; XLA leaves out what nobody reads.
+    references = batch["references"]
+    reference_components = reward.score(
+        reward_params,
+        {"samples": references[:, None], "references": references, "sources": batch["encoder_input_tokens"]},
+    )
     first = distinct(samples.tokens) & real[:, None]
     valid = first
     if growing.refuse_unfinished:
@@ -105,8 +113,15 @@ def grow_chunk(
     return {
         "survivors": survivors,
         "kept": kept,
-        "sources": {"rewards": rewards, "valid": valid, "reference_rewards": scored["reference_rewards"]},
-        "statistics": chunk_statistics(samples=samples, rewards=rewards, real=real, first=first, valid=valid),
+        "sources": {
+            "rewards": rewards,
+            "valid": valid,
+            "reference_rewards": reward.combine(reference_components)[:, 0],
+            "components": scored["components"],
+            "reference_components": {name: value[:, 0] for name, value in reference_components.items()},
+        },
+        "statistics": chunk_statistics(samples=samples, rewards=rewards, real=real, first=first, valid=valid)
+        | guard_statistics(scored["components"], real=real),
     }
 
 
@@ -169,6 +184,15 @@ def chunk_statistics(
         "source_count": jnp.sum(real, dtype=jnp.int32),
         "zero_variance_count": jnp.sum((spread == 0) & real, dtype=jnp.int32),
         "histogram": jnp.zeros(HISTOGRAM_BINS, jnp.int32).at[bins].add(counted.astype(jnp.int32)),
+    }
+
+
+def guard_statistics(components: Mapping[str, jax.Array], *, real: jax.Array) -> dict[str, jax.Array]:
+    """How many samples of real sources each guard stopped, by the guard's name (`rewards/guards.py`)."""
+    return {
+        name: jnp.sum((passed <= 0) & real[:, None], dtype=jnp.int32)
+        for name, passed in components.items()
+        if name.startswith(GUARD_PREFIX)
     }
 
 
@@ -385,4 +409,9 @@ def summarise(chunk_sums: list[dict[str, Any]]) -> dict[str, Any]:
         "hit_eos": float(total["hit_eos_count"]) / count,
         "zero_variance_sources": float(total["zero_variance_count"]) / max(float(total["source_count"]), 1.0),
         "histogram": total["histogram"].astype(int).tolist(),
+        "guards": {
+            name.removeprefix(GUARD_PREFIX): int(stopped)
+            for name, stopped in total.items()
+            if name.startswith(GUARD_PREFIX)
+        },
     }

@@ -41,7 +41,7 @@ from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
 from rest_jax.reporting.report import write_report
 from rest_jax.reporting.table import format_table
-from rest_jax.rewards.base import Reward, check_reward
+from rest_jax.rewards.base import Reward, check_comparable, check_reward, leaves
 from rest_jax.summary import summarise
 
 Params = Any
@@ -66,6 +66,7 @@ class ReST:
       initial_checkpoint_path: parameters to start from; None for random ones.
       policy_dtype: type of the parameters in MODEL_DIR/policy, the last policy alone.
       seed: of everything random.
+      languages: source and target language, e.g. ('de', 'en'), for rewards that are made for some; None leaves it open.
     """
 
     model_dir: str
@@ -83,11 +84,16 @@ class ReST:
     initial_checkpoint_path: str | None = None
     policy_dtype: str = "float32"
     seed: int = 0
+    languages: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("grow_steps", "improve_steps", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name.upper()} is {getattr(self, name)}; it must be 0 or more.")
+        if self.languages is not None and (isinstance(self.languages, str) or len(self.languages) != 2):
+            raise UserError(
+                f"LANGUAGES is {self.languages!r}; it must be None or a source and a target, like ('de', 'en')."
+            )
         if self.bc.steps == 0 and self.initial_checkpoint_path is None:
             raise UserError(
                 "TRAIN_STEPS is 0 and INITIAL_CHECKPOINT_PATH is None: there is no policy. Set one of them."
@@ -180,7 +186,8 @@ class Runner:
         self.model_dir = Path(config.model_dir)
         self._beat, self._profiled = beat, profiled
         self._asked_to_stop = stop_requested
-        check_reward(config.reward, has_references=True)
+        check_reward(config.reward, has_references=True, languages=config.languages)
+        check_comparable(config.reward)
         if config.grow_steps and config.improve_steps:
             check_schedule(config.improving.schedule, improve_steps=config.improve_steps)
         for name, size in (
@@ -350,7 +357,11 @@ class Runner:
             phase=phase.name,
             stop_requested=self._stop_requested,
             preview=self._preview,
-            facts={"vocabulary_sha256": config.data.vocabulary.sha256, "reward": config.reward.name},
+            facts={
+                "vocabulary_sha256": config.data.vocabulary.sha256,
+                "reward": config.reward.name,
+                "rewards": {name: repr(leaf) for name, leaf in leaves(config.reward).items()},
+            },
         )
         for report in statistics["thresholds"]:
             progress.log_event(improve_lib.describe(report))

@@ -260,6 +260,22 @@ sys.exit(main(["filter", "--store={finished / "grow_1"}", "--percentile=50"]))
     assert "percentile(p=50)" in done.stdout
 
 
+@pytest.mark.usefixtures("one_device")
+def test_rescore_writes_a_store_that_filter_reads(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [f"--gin_file={finished / 'config.gin'}", "--gin_file=rewards/bleu.gin"]
+    arguments = [*files, f"--store={finished / 'grow_1'}", f"--output={tmp_path / 'bleu'}", "--stored_only"]
+    assert cli.main(["rescore", *arguments]) == 0
+    names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["component", "chrf", "bleu", "total: bleu"]
+    assert json.loads((tmp_path / "bleu" / "stats.json").read_text())["reward"] == "bleu"
+    assert cli.main(["filter", f"--store={tmp_path / 'bleu'}", "--top_k", "1"]) == 0
+    capsys.readouterr()
+    assert cli.main(["rescore", *arguments]) == 2
+    assert "--output" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -410,7 +426,8 @@ def test_gin_where_there_is_none(refused) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "train", "grow", "improve", "evaluate", "translate", "infer", "filter", "vocab", "report"]
+    "command",
+    ["run", "train", "grow", "improve", "evaluate", "translate", "infer", "filter", "rescore", "vocab", "report"],
 )
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0

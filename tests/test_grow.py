@@ -32,6 +32,7 @@ from rest_jax.partitioning import Partitioner, make_mesh
 from rest_jax.processes import Processes
 from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
+from rest_jax.rewards.base import Reward
 from rest_jax.sampling import LogitProcessing, Sampling
 from rest_jax.sampling.samples import Samples
 
@@ -44,11 +45,12 @@ MODEL = EncoderDecoderModel(t5.Transformer(CONFIG), None, SimpleNamespace(vocab_
 
 
 @dataclasses.dataclass(frozen=True)
-class TableReward:
+class TableReward(Reward):
     """Mean of a table's entries over a sample's tokens; a second component counts them."""
 
-    name: str = "table"
-    requires_reference: bool = False
+    @property
+    def name(self) -> str:
+        return "table"
 
     def init(self, vocabulary):
         return jnp.asarray(np.random.default_rng(0).random(VOCAB), jnp.float32)

@@ -56,7 +56,10 @@ def store(tmp_path_factory, rewards, reference_rewards):
             log_probs=np.zeros(len(row)), rewards={"chrf": rewards[row, sample]}, total_rewards=rewards[row, sample],
             hit_eos=np.ones(len(row), bool), policy_step=1,
         ),
-        ChunkSources(source_ids=SAMPLED, rewards=rewards, valid=valid, reference_rewards=reference_rewards),
+        ChunkSources(
+            source_ids=SAMPLED, rewards=rewards, valid=valid, reference_rewards=reference_rewards,
+            components={"chrf": rewards}, reference_components={"chrf": reference_rewards},
+        ),
         {},
     )  # fmt: skip
     writer.finish({})

@@ -64,6 +64,8 @@ def start(project: Path, model_dir: Path, *, processes: int) -> list[subprocess.
         "PYTHONPATH": os.pathsep.join([str(project), os.environ.get("PYTHONPATH", "")]),
         "JAX_COMPILATION_CACHE_DIR": str(project / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # One process compiles for all: they share this machine's cores, and gloo gives up on one that is 30 s late.
+        "JAX_SHARE_BINARY_BETWEEN_HOSTS": "true",
     }
     started = []
     for index in range(processes):

@@ -1,10 +1,10 @@
-"""Commands that read what a run left: filter, report."""
+"""Commands that read what a run left: filter, rescore, report."""
 
 import argparse
 import os
 from typing import Any
 
-from rest_jax.commands.options import AddCommand
+from rest_jax.commands.options import AddCommand, add_gin_options, load_config
 
 
 def register(add: AddCommand) -> None:
@@ -13,6 +13,11 @@ def register(add: AddCommand) -> None:
             "filter", _filter, "Tell what a filter would keep of a Grow step's store. Needs no model and no TensorFlow."
         )
     )
+    sub = add("rescore", _rescore, "Give a Grow step's store another reward, without drawing: a new store.")
+    add_gin_options(sub)
+    sub.add_argument("--store", required=True, help="directory of a finished Grow step, MODEL_DIR/grow_1")
+    sub.add_argument("--output", required=True, help="directory to write; must not exist")
+    sub.add_argument("--stored_only", action="store_true", help="of an added reward: leave out what Grow dropped")
     sub = add("report", _report, "Write report.html from what a run left in MODEL_DIR.")
     sub.add_argument("model_dir", metavar="MODEL_DIR")
 
@@ -53,6 +58,16 @@ def _filter(options: Any) -> None:
         chosen = [filters.Cap(keep, options.cap) for keep in chosen or [filters.Threshold(0.0)]]
     store = ScoredStore.open(options.store)
     print(filter_text.format_rows(filter_text.report_rows(store, chosen, stored_only=options.stored_only)))
+
+
+def _rescore(options: Any) -> None:
+    from rest_jax import config, rescore
+    from rest_jax.data.store import ScoredStore
+    from rest_jax.rest import ReST
+
+    load_config(options)
+    rest, store = config.build(ReST), ScoredStore.open(options.store)
+    print(rescore.rescore(rest, store=store, output=options.output, stored_only=options.stored_only))
 
 
 def _report(options: Any) -> None:

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,12 +29,15 @@ import pyarrow as pa
 
 from rest_jax.data.store_files import (
     DONE_FILE,
+    check_same_columns,
     describe,
     json_ready,
+    matrix_column,
     read_batch,
     read_json,
     read_metadata,
     remedy,
+    sample_count,
     write_batch,
     write_text,
 )
@@ -43,6 +46,7 @@ from rest_jax.errors import UserError
 
 STATS_FILE = "stats.json"
 REWARD_PREFIX = "reward/"
+COMPONENTS_PREFIX, REFERENCE_PREFIX = "rewards/", "reference_reward/"
 
 _STATISTICS_KEY = b"rest_jax.statistics"
 _SOURCES_NAME = re.compile(r"sources-(\d+)-(\d+)\.arrow")
@@ -87,12 +91,16 @@ class ChunkSources:
       rewards: [s, N] total rewards.
       valid: [s, N] False for a copy of an earlier sample of the same source, and for a refused sample.
       reference_rewards: [s] the reward of the reference; NaN without one.
+      components: reward component -> [s, N], of all samples, so that `rewards` can be combined anew.
+      reference_components: reward component -> [s], of the reference.
     """
 
     source_ids: npt.ArrayLike
     rewards: npt.ArrayLike
     valid: npt.ArrayLike
     reference_rewards: npt.ArrayLike
+    components: Mapping[str, npt.ArrayLike]
+    reference_components: Mapping[str, npt.ArrayLike]
 
 
 class StoreWriter:
@@ -236,6 +244,8 @@ class ScoredStore:
       rewards: [S, N] total reward of every sample drawn.
       valid: [S, N] see `ChunkSources`.
       reference_rewards: [S], NaN without a reference.
+      components: reward component -> [S, N]; none in a store that was written before they were kept.
+      reference_components: reward component -> [S].
       stats: what Grow wrote to stats.json; empty before it is done.
     """
 
@@ -244,6 +254,8 @@ class ScoredStore:
     rewards: FloatArray
     valid: BoolArray
     reference_rewards: FloatArray
+    components: Mapping[str, FloatArray]
+    reference_components: Mapping[str, FloatArray]
     stats: Mapping[str, Any]
     _row_paths: tuple[Path, ...]
     _promises: Mapping[str, Mapping[str, Any]]
@@ -277,8 +289,10 @@ class ScoredStore:
         if not paths:
             raise UserError(f"{directory}: the store has no chunks; run grow first")
         batches = [read_batch(path, promises.get(path.name)) for path in paths]
+        for path, batch in zip(paths, batches, strict=True):
+            check_same_columns(path, batch, paths[0], batches[0])
         source_ids = np.concatenate([batch.column("source_id").to_numpy() for batch in batches])
-        num_samples = [_sample_count(path, batch) for path, batch in zip(paths, batches, strict=True)]
+        num_samples = [sample_count(path, batch) for path, batch in zip(paths, batches, strict=True)]
         for path, count in zip(paths, num_samples, strict=True):
             if count != num_samples[0]:
                 raise UserError(
@@ -293,12 +307,22 @@ class ScoredStore:
                 f"{directory}: {len(twice)} sources stand in two chunks (the first: {twice[0]}); were chunk size, data "
                 "or number of processes changed within a Grow step? Delete the directory and run grow again"
             )
+
+        def matrix(name: str) -> npt.NDArray[Any]:  # [S, N]
+            return np.concatenate([matrix_column(batch.column(name), num_samples[0]) for batch in batches])[order]
+
+        def vector(name: str) -> npt.NDArray[Any]:  # [S]
+            return np.concatenate([batch.column(name).to_numpy() for batch in batches])[order]
+
+        columns = batches[0].schema.names
         return cls(
             directory=directory,
             source_ids=source_ids,
-            rewards=np.concatenate([_matrix(batch.column("rewards"), num_samples[0]) for batch in batches])[order],
-            valid=np.concatenate([_matrix(batch.column("valid"), num_samples[0]) for batch in batches])[order],
-            reference_rewards=np.concatenate([batch.column("reference_reward").to_numpy() for batch in batches])[order],
+            rewards=matrix("rewards"),
+            valid=matrix("valid"),
+            reference_rewards=vector("reference_reward"),
+            components=_by_component(columns, COMPONENTS_PREFIX, matrix),
+            reference_components=_by_component(columns, REFERENCE_PREFIX, vector),
             stats=read_json(directory / STATS_FILE) if done else {},
             _row_paths=tuple(_rows_path(path) for path in paths),
             _promises=promises,
@@ -314,12 +338,7 @@ class ScoredStore:
         """All survivors as an Arrow table, chunk after chunk, mapped from the files."""
         batches = [read_batch(path, self._promises.get(path.name)) for path in self._row_paths]
         for path, batch in zip(self._row_paths, batches, strict=True):
-            if batch.schema != batches[0].schema:
-                raise UserError(
-                    f"{path}: columns {batch.schema.names}, but {self._row_paths[0].name} has "
-                    f"{batches[0].schema.names}; the reward must not change within a Grow step: "
-                    f"delete {self.directory} and run grow again"
-                )
+            check_same_columns(path, batch, self._row_paths[0], batches[0])
         schema = batches[0].schema.remove_metadata()
         return pa.Table.from_batches([batch.replace_schema_metadata(None) for batch in batches], schema=schema)
 
@@ -458,26 +477,36 @@ def _source_batch(sources: ChunkSources, statistics: Mapping[str, Any]) -> pa.Re
     if rewards.ndim != 2 or rewards.shape != valid.shape:
         raise ValueError(f"rewards {rewards.shape} and valid {valid.shape} must both be [sources, samples]")
     offsets = pa.array(np.arange(len(rewards) + 1, dtype=np.int32) * rewards.shape[1])
+
+    def lists(values: npt.NDArray[Any]) -> pa.ListArray:
+        if values.shape != rewards.shape:
+            raise ValueError(f"components {values.shape} must be like the rewards {rewards.shape}")
+        return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)))
+
     batch = pa.RecordBatch.from_pydict(
         {
             "source_id": pa.array(np.asarray(sources.source_ids, np.int64)),
-            "rewards": pa.ListArray.from_arrays(offsets, pa.array(rewards.reshape(-1))),
-            "valid": pa.ListArray.from_arrays(offsets, pa.array(valid.reshape(-1))),
+            "rewards": lists(rewards),
+            "valid": lists(valid),
             "reference_reward": pa.array(np.asarray(sources.reference_rewards, np.float32)),
+            **{
+                f"{COMPONENTS_PREFIX}{name}": lists(np.asarray(values, np.float32))
+                for name, values in sorted(sources.components.items())
+            },
+            **{
+                f"{REFERENCE_PREFIX}{name}": pa.array(np.asarray(values, np.float32))
+                for name, values in sorted(sources.reference_components.items())
+            },
         }
     )
     text = json.dumps(json_ready(statistics), sort_keys=True)
     return batch.replace_schema_metadata({_STATISTICS_KEY: text.encode()})
 
 
-def _matrix(column: pa.ListArray, num_samples: int) -> npt.NDArray[Any]:
-    return np.asarray(column.values.to_numpy(zero_copy_only=False)).reshape(-1, num_samples)
-
-
-def _sample_count(path: Path, batch: pa.RecordBatch) -> int:
-    if not batch.num_rows:
-        raise UserError(f"{path}: a chunk without sources; {remedy(path.parent)}")
-    return len(batch.column("rewards").values) // int(batch.num_rows)
+def _by_component(
+    columns: Sequence[str], prefix: str, read: Callable[[str], npt.NDArray[Any]]
+) -> dict[str, npt.NDArray[Any]]:
+    return {name.removeprefix(prefix): read(name) for name in columns if name.startswith(prefix)}
 
 
 def _rows_path(sources_path: Path) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from rest_jax.errors import UserError
@@ -121,6 +122,27 @@ def read_batch(path: Path, promise: Mapping[str, Any] | None = None) -> pa.Recor
     if promise is not None and promise["sha256"].encode() != metadata[_SHA_KEY]:
         raise UserError(f"{path}: not the file that {DONE_FILE} lists; {remedy(path.parent)}")
     return batch
+
+
+def check_same_columns(path: Path, batch: pa.RecordBatch, first_path: Path, first: pa.RecordBatch) -> None:
+    """Raises UserError where a chunk has other columns than the first: its samples had another reward."""
+    if batch.schema != first.schema:  # metadata apart
+        raise UserError(
+            f"{path}: columns {batch.schema.names}, but {first_path.name} has {first.schema.names}; the reward must "
+            f"not change within a Grow step: delete {path.parent} and run grow again"
+        )
+
+
+def sample_count(path: Path, batch: pa.RecordBatch) -> int:
+    """N of a chunk, all of whose sources have as many samples."""
+    if not batch.num_rows:
+        raise UserError(f"{path}: a chunk without sources; {remedy(path.parent)}")
+    return len(batch.column("rewards").values) // int(batch.num_rows)
+
+
+def matrix_column(column: pa.ListArray, num_samples: int) -> npt.NDArray[Any]:
+    """`[sources, num_samples]` of a column of lists."""
+    return np.asarray(column.values.to_numpy(zero_copy_only=False)).reshape(-1, num_samples)
 
 
 def read_metadata(path: Path, key: bytes) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The text is what the vocabulary decodes: pieces joined, runs of bytes read as UTF-8 (for each byte that is part of no
 valid sequence, U+FFFD in SentencePiece, nothing in a byte vocabulary), the unknown token shown by its surface, nothing
-for control tokens and padding. Whitespace is left out, because chrF does not count it.
+for control tokens and padding. Whitespace is left out, as chrF does not count it, or kept where words are asked for.
 """
 
 from typing import NamedTuple
@@ -14,9 +14,12 @@ import numpy as np
 from rest_jax.data.vocabulary import PAD_ID
 from rest_jax.rewards.base import RewardVocabulary
 
-# Code points are below 0x110000.
+# Code points and NUL are at most 0x110000.
 CODE_BITS = 21
 REPLACEMENT = 0xFFFD
+SPACE, LINE_FEED = ord(" "), ord("\n")
+# What U+0000 reads as, a number that is no code point: 0 stands past the end of a text.
+NUL = 0x110000
 _SENTENCEPIECE_SPACE = "\u2581"
 # Added to a code point to tell it from a place in the table; places are never that small.
 _LITERAL = -(1 << 30)
@@ -32,6 +35,7 @@ class CharacterTable(NamedTuple):
       lengths: int32 `[vocab_size + 1]`, characters of each token.
       byte_values: int32 `[vocab_size + 1]`, the byte that a byte piece stands for; -1 for other pieces.
       invalid_bytes_shown: bool scalar; a byte that is part of no valid sequence reads as U+FFFD, or as nothing.
+      whitespace_shown: bool scalar; whitespace reads as a line feed or a space, which stands for all the others.
       eos_id: int32 scalar; the text ends before it.
     """
 
@@ -39,6 +43,7 @@ class CharacterTable(NamedTuple):
     lengths: jax.Array
     byte_values: jax.Array
     invalid_bytes_shown: jax.Array
+    whitespace_shown: jax.Array
     eos_id: jax.Array
 
 
@@ -60,8 +65,8 @@ class Spelling(NamedTuple):
         return self.ends[:, -1]
 
 
-def character_table(vocabulary: RewardVocabulary) -> CharacterTable:
-    """Reads the spelling of all pieces, on the host."""
+def character_table(vocabulary: RewardVocabulary, *, whitespace: bool = False) -> CharacterTable:
+    """Reads the spelling of all pieces, on the host; with `whitespace` or without."""
     size = vocabulary.vocab_size
     byte_values = np.full(size + 1, -1, np.int32)
     spellings: list[list[int]] = []
@@ -73,7 +78,11 @@ def character_table(vocabulary: RewardVocabulary) -> CharacterTable:
             text = vocabulary.decode([token])
         elif not vocabulary.is_control(token) and token not in (PAD_ID, vocabulary.eos_id):
             text = vocabulary.id_to_piece(token).replace(_SENTENCEPIECE_SPACE, " ")
-        spellings.append([ord(character) for character in "".join(text.split())])
+        if whitespace:
+            text = "".join(" " if character.isspace() and character != "\n" else character for character in text)
+        else:
+            text = "".join(text.split())
+        spellings.append([ord(character) for character in text])
     lengths = np.asarray([len(spelling) for spelling in spellings], np.int32)
     codes = np.zeros((size + 1, max(int(lengths.max()), 1)), np.int32)
     for row, spelling in zip(codes, spellings, strict=True):
@@ -83,6 +92,7 @@ def character_table(vocabulary: RewardVocabulary) -> CharacterTable:
         lengths=jnp.asarray(lengths),
         byte_values=jnp.asarray(byte_values),
         invalid_bytes_shown=jnp.asarray(vocabulary.invalid_bytes_shown),
+        whitespace_shown=jnp.asarray(whitespace),
         eos_id=jnp.asarray(vocabulary.eos_id, jnp.int32),
     )
 
@@ -99,7 +109,9 @@ def spell(table: CharacterTable, tokens: jax.Array) -> Spelling:
     ids = jnp.where(inside, tokens, vocab_size)
     in_text = jnp.cumsum(tokens == table.eos_id, axis=1) == 0
     byte_values = jnp.where(in_text, table.byte_values[ids], -1)  # [rows, length]
-    decoded, shown = _decode_utf8(byte_values, invalid_bytes_shown=table.invalid_bytes_shown)
+    decoded, shown = _decode_utf8(
+        byte_values, invalid_bytes_shown=table.invalid_bytes_shown, whitespace_shown=table.whitespace_shown
+    )
     is_byte = byte_values >= 0
     lengths = jnp.where(is_byte, shown.astype(jnp.int32), table.lengths[ids])
     lengths = jnp.where(in_text, lengths, 0)
@@ -110,7 +122,7 @@ def spell(table: CharacterTable, tokens: jax.Array) -> Spelling:
 
 
 def characters(table: CharacterTable, spelling: Spelling, *, max_characters: int) -> jax.Array:
-    """Code points int32 `[rows, max_characters]`, 0 past the end of each text."""
+    """Code points int32 `[rows, max_characters]`, `NUL` for U+0000, 0 past the end of each text."""
     positions = jnp.arange(max_characters, dtype=jnp.int32)
     # [rows, max_characters]: the token that position lies in is the first whose end is past it.
     token = jax.vmap(lambda ends: jnp.searchsorted(ends, positions, side="right"))(spelling.ends)
@@ -120,7 +132,9 @@ def characters(table: CharacterTable, spelling: Spelling, *, max_characters: int
     return jnp.where(positions < spelling.num_characters[:, None], codes, 0)
 
 
-def _decode_utf8(byte_values: jax.Array, *, invalid_bytes_shown: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _decode_utf8(
+    byte_values: jax.Array, *, invalid_bytes_shown: jax.Array, whitespace_shown: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Reads runs of bytes as UTF-8.
 
     Lead bytes are never trail bytes, so valid sequences cannot overlap, and each is found by looking three bytes ahead.
@@ -128,10 +142,11 @@ def _decode_utf8(byte_values: jax.Array, *, invalid_bytes_shown: jax.Array) -> t
     Args:
       byte_values: int32 `[rows, length]`, -1 where no byte is.
       invalid_bytes_shown: whether bytes that are part of no valid sequence are shown.
+      whitespace_shown: whether whitespace is.
 
     Returns:
-      The code point that starts at each byte (U+FFFD where none does), and whether it is shown: bytes inside a valid
-      sequence and whitespace are not.
+      The code point that starts at each byte (U+FFFD where none does; a space for whitespace but the line feed; `NUL`
+      for U+0000), and whether it is shown: bytes inside a valid sequence are not.
     """
     length = byte_values.shape[1]
 
@@ -155,4 +170,6 @@ def _decode_utf8(byte_values: jax.Array, *, invalid_bytes_shown: jax.Array) -> t
     covered = behind(valid_2 | valid_3 | valid_4, 1) | behind(valid_3 | valid_4, 2) | behind(valid_4, 3)
     whitespace = jnp.isin(code, jnp.asarray(_WHITESPACE, jnp.int32), method="compare_all")
     starts_one = valid_1 | valid_2 | valid_3 | valid_4 | invalid_bytes_shown
-    return code, (byte_values >= 0) & ~covered & starts_one & ~whitespace
+    shown = (byte_values >= 0) & ~covered & starts_one & (whitespace_shown | ~whitespace)
+    code = jnp.where(whitespace & (code != LINE_FEED), SPACE, code)
+    return jnp.where(code == 0, NUL, code), shown

@@ -1,41 +1,54 @@
-"""Measures the chrF reward: its difference from sacreBLEU on 10,000 pairs, and its time beside that of drawing samples.
+"""Measures the lexical rewards: differences from sacreBLEU on 10,000 real pairs, and time beside that of drawing.
 
-    python -m tests.benchmarks.rewards
+    python -m tests.benchmarks.rewards [--pairs FILE.tsv.gz]
 
-The pairs are references of the demo's training text and hypotheses made from them by replacing, dropping and repeating
-tokens. The time is that of one compiled `ChrF.score` on all of them, per sample; drawing is `sampler.decode` by a
-`nano` policy for some of the same sources. Its parameters are random, so nearly every sample runs to the length limit
-of 128 tokens; a trained policy ends sooner and draws faster, so there the share of chrF is larger. The best of several
-runs counts, the two taken in turn.
+Pairs are targets of the file (the demo's training text, unless another is named) and hypotheses made from them: tokens
+replaced and dropped, the whole repeated, or another target. Times are of one sample, N = 32 for each source: a compiled
+`score` of 320 sources' hypotheses, and sampling from the `iwslt_tiny` shape in float32, with weights whose samples end
+as the demo's sentences do (`tests.benchmarks.sampling`). All are run in turn, and the least of several runs counts.
 """
 
+import argparse
 import functools
 import gzip
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
+import numpy.typing as npt
+from sacrebleu.metrics import BLEU as SacreBLEU
 from sacrebleu.metrics import CHRF
+from sacrebleu.metrics.base import Metric
 
 from rest_jax import paths
 from rest_jax.data.vocabulary import SentencePieceVocabulary
-from rest_jax.models import encoder_decoder, t5
+from rest_jax.rewards.base import Reward
+from rest_jax.rewards.bleu import BLEU
 from rest_jax.rewards.chrf import ChrF
-from rest_jax.sampling import sampler
-from rest_jax.sampling.processors import LogitProcessing
+from rest_jax.sampling import LogitProcessing, decode
+from tests.benchmarks.sampling.setting import Setting, benchmark_model, make_params, random_sources
 
-NUM_SOURCES, NUM_SAMPLES, LENGTH = 625, 16, 128
-DRAWN_SOURCES = 32
-REPEATS = 3
+NUM_PAIRS, LENGTH, REPEATS = 10_000, 128, 3
+NUM_SOURCES, NUM_SAMPLES = 320, 32
+DRAWING = Setting(model="iwslt_tiny", sources=4, samples=NUM_SAMPLES, target_length=LENGTH, real_lengths=True)
+REWARDS: tuple[tuple[Reward, Metric], ...] = (
+    (ChrF(), CHRF()),
+    (ChrF(word_order=2), CHRF(word_order=2)),
+    (BLEU(), SacreBLEU(effective_order=True)),
+)
 
 
-def padded(tokens: list[int]) -> list[int]:
-    return ([*tokens[: LENGTH - 1], 1] + [0] * LENGTH)[:LENGTH]
+def padded(rows: list[list[int]]) -> npt.NDArray[np.int32]:
+    """`[rows, LENGTH]`."""
+    return np.asarray([([*tokens[: LENGTH - 1], 1] + [0] * LENGTH)[:LENGTH] for tokens in rows], np.int32)
 
 
-def faulty(rng: random.Random, tokens: list[int], vocab_size: int) -> list[int]:
+def faulty(rng: random.Random, tokens: list[int], *, others: list[list[int]], vocab_size: int) -> list[int]:
+    if rng.random() < 0.1:
+        return rng.choice(others)
     share = rng.random()
     hypothesis: list[int] = []
     for token in tokens:
@@ -46,18 +59,33 @@ def faulty(rng: random.Random, tokens: list[int], vocab_size: int) -> list[int]:
     return hypothesis * 2 if rng.random() < 0.05 else hypothesis
 
 
-def read_pairs(vocabulary: SentencePieceVocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sources `[sources, length]`, references alike, and samples `[sources, num_samples, length]`."""
-    rng = random.Random(0)
-    with gzip.open(paths.resolve("rest_jax://tasks/demo_data/train.tsv.gz"), "rt", encoding="utf-8") as lines:
-        rows = rng.sample([line.rstrip("\n").split("\t") for line in lines], NUM_SOURCES)
-    sources, references, samples = [], [], []
-    for source, reference, *_ in rows:
-        tokens = vocabulary.encode(reference)
-        sources.append(padded(vocabulary.encode(source)))
-        references.append(padded(tokens))
-        samples.append([padded(faulty(rng, tokens, vocabulary.vocab_size)) for _ in range(NUM_SAMPLES)])
-    return np.asarray(sources, np.int32), np.asarray(references, np.int32), np.asarray(samples, np.int32)
+def read_targets(path: Path, vocabulary: SentencePieceVocabulary, rng: random.Random) -> list[list[int]]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        texts = [line.rstrip("\n").split("\t")[1] for line in lines]
+    return [vocabulary.encode(text) for text in rng.sample(texts, NUM_PAIRS)]
+
+
+def batch(references: npt.NDArray[np.int32], samples: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.int32]]:
+    return {"references": references, "samples": samples, "sources": references}
+
+
+def make_draw() -> Callable[[], object]:
+    model = benchmark_model(DRAWING.model, dtype="float32")
+    program = jax.jit(
+        functools.partial(
+            decode,
+            model,
+            num_samples=NUM_SAMPLES,
+            max_length=LENGTH,
+            processing=LogitProcessing(temperature=DRAWING.temperature),
+        )
+    )
+    return functools.partial(
+        program,
+        make_params(DRAWING, model),
+        encoder_input_tokens=random_sources(DRAWING, vocab_size=model.module.config.vocab_size),
+        source_ids=np.arange(DRAWING.sources, dtype=np.uint32),
+    )
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -67,65 +95,45 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    vocabulary = SentencePieceVocabulary("rest_jax://tasks/demo_data/vocab.model")
-    sources, references, samples = read_pairs(vocabulary)
-    reward = ChrF()
-    table = reward.init(vocabulary)
-    batch = {"samples": samples, "references": references, "sources": sources}
-    score = functools.partial(jax.jit(reward.score), table, batch)
-
-    config = t5.T5Config(
-        vocab_size=-(-vocabulary.vocab_size // 128) * 128,
-        emb_dim=128,
-        num_heads=4,
-        head_dim=32,
-        mlp_dim=256,
-        num_encoder_layers=3,
-        num_decoder_layers=2,
-    )
-    model = encoder_decoder.EncoderDecoderModel(t5.Transformer(config), vocabulary, vocabulary, optimizer_def=None)
-    shape = {"encoder_input_tokens": (1, LENGTH), "decoder_input_tokens": (1, LENGTH)}
-    params = model.get_initial_variables(jax.random.key(0), shape)["params"]
-    draw = functools.partial(
-        jax.jit(
-            functools.partial(
-                sampler.decode,
-                model,
-                num_samples=NUM_SAMPLES,
-                max_length=LENGTH,
-                processing=LogitProcessing(temperature=0.8),
-                seed=0,
-                stream=1,
-            )
-        ),
-        params,
-        encoder_input_tokens=sources[:DRAWN_SOURCES],
-        source_ids=np.arange(DRAWN_SOURCES, dtype=np.uint32),
-    )
-
-    compile_seconds = seconds(score)
-    found = np.asarray(score()["chrf"])
-    metric = CHRF()
-    start = time.perf_counter()
-    expected = [
-        [metric.sentence_score(vocabulary.decode(row), [vocabulary.decode(reference)]).score / 100 for row in rows]
-        for rows, reference in zip(samples.tolist(), references.tolist(), strict=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=Path, default=paths.resolve("rest_jax://tasks/demo_data/train.tsv.gz"))
+    rng, vocabulary = random.Random(0), SentencePieceVocabulary("rest_jax://tasks/demo_data/vocab.model")
+    targets = read_targets(parser.parse_args().pairs, vocabulary, rng)
+    make_faulty = functools.partial(faulty, rng, others=targets, vocab_size=vocabulary.vocab_size)
+    references, hypotheses = padded(targets), padded([make_faulty(tokens) for tokens in targets])
+    texts = [
+        (vocabulary.decode(hypothesis), vocabulary.decode(reference))
+        for hypothesis, reference in zip(hypotheses.tolist(), references.tolist(), strict=True)
     ]
-    sacrebleu_time = (time.perf_counter() - start) / found.size
-    mean_length = np.mean([len("".join(vocabulary.decode(reference).split())) for reference in references.tolist()])
+    samples = np.stack([padded([make_faulty(tokens) for _ in range(NUM_SAMPLES)]) for tokens in targets[:NUM_SOURCES]])
 
-    seconds(draw)
-    runs = [(seconds(score), seconds(draw)) for _ in range(REPEATS)]
-    score_time = min(run[0] for run in runs) / found.size
-    draw_time = min(run[1] for run in runs) / (DRAWN_SOURCES * NUM_SAMPLES)
-    print(f"device                        {jax.devices()[0].device_kind}")
-    print(f"pairs                         {found.size}, references of {mean_length:.0f} characters")
-    print(f"largest difference            {np.abs(found - np.asarray(expected)).max():.2e}")
-    print(f"first call, with compilation  {compile_seconds:.1f} s")
-    print(f"chrF in the graph             {score_time * 1e6:.1f} microseconds a sample")
-    print(f"sacreBLEU with decoding       {sacrebleu_time * 1e6:.1f} microseconds a sample")
-    print(f"drawing a sample (nano)       {draw_time * 1e6:.1f} microseconds")
-    print(f"chrF / drawing                {score_time / draw_time:.1%}")
+    characters = np.mean([len("".join(reference.split())) for _, reference in texts])
+    print(f"{jax.devices()[0].device_kind}; {NUM_PAIRS} pairs, references of {characters:.0f} characters")
+    runs: dict[str, Callable[[], object]] = {"drawing": make_draw()}
+    for reward, metric in REWARDS:
+        score, params = jax.jit(reward.score), reward.init(vocabulary)
+        found = np.asarray(score(params, batch(references, hypotheses[:, None]))[reward.name])[:, 0]
+        start = time.perf_counter()
+        expected = [metric.sentence_score(hypothesis, [reference]).score / 100 for hypothesis, reference in texts]
+        per_pair = (time.perf_counter() - start) / NUM_PAIRS
+        print(
+            f"{reward.name:8} greatest difference {np.abs(found - expected).max():.1e}; mean {np.mean(expected):.3f}; "
+            f"sacreBLEU takes {per_pair * 1e6:.0f} us a pair"
+        )
+        runs[reward.name] = functools.partial(score, params, batch(references[:NUM_SOURCES], samples))
+
+    compile_times = {name: seconds(run) for name, run in runs.items()}
+    rounds = [{name: seconds(run) for name, run in runs.items()} for _ in range(REPEATS)]
+    drawn, scored = DRAWING.sources * NUM_SAMPLES, NUM_SOURCES * NUM_SAMPLES
+    per_sample = {
+        name: min(times[name] for times in rounds) / (drawn if name == "drawing" else scored) for name in runs
+    }
+    for name, time_of_one in per_sample.items():
+        share = time_of_one / per_sample["drawing"]
+        print(
+            f"{name:8} {time_of_one * 1e6:8.1f} us a sample, {share:7.2%} of drawing; "
+            f"first call {compile_times[name]:.1f} s"
+        )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,14 @@ def chunk(
         policy_step=120,
     )
     reference_rewards = np.full(len(source_ids), 0.9, np.float32)
-    return rows, ChunkSources(source_ids=source_ids, rewards=rewards, valid=valid, reference_rewards=reference_rewards)
+    return rows, ChunkSources(
+        source_ids=source_ids,
+        rewards=rewards,
+        valid=valid,
+        reference_rewards=reference_rewards,
+        components={"chrf": rewards, "adequacy": rewards / 2},
+        reference_components={"chrf": reference_rewards, "adequacy": reference_rewards / 2},
+    )
 
 
 def statistics(source_ids: list[int]) -> dict[str, Any]:

@@ -40,7 +40,10 @@ def reader(vocabulary: Vocabulary):
             target[: len(row)] = row
         codes, lengths = jax.device_get(run(jnp.asarray(tokens)))
         assert not any(row[length:].any() for row, length in zip(codes, lengths, strict=True))
-        return ["".join(map(chr, row[:length])) for row, length in zip(codes, lengths, strict=True)]
+        return [
+            "".join(chr(code % characters.NUL) for code in row[:length])
+            for row, length in zip(codes, lengths, strict=True)
+        ]
 
     return texts
 
@@ -80,7 +83,7 @@ def test_text_survives(read, small_vocabulary, text):
         b"\x80", b"\xc3", b"\xc3\xa9", b"\xc3\xc3\xa9", b"\xe4\xbd\xa0", b"\xe4\xbd", b"\xbd\xa0\xe4",
         b"\xf0\x9f\x99\x82", b"\xf0\x9f\x99", b"\xf0\x9f\x99\xf0\x9f\x99\x82", b"\xed\xa0\x80",
         b"\xc0\x80", b"\xe0\x80\x80", b"\xf4\x90\x80\x80", b"\xff\xfe", b"a\n\xe2\x80\x83b",
-        b"\xef\xbf\xbd", b"\xe2\x96\x81", b"\xf0\x80\x80\x80",
+        b"a\0b\0", b"\xef\xbf\xbd", b"\xe2\x96\x81", b"\xf0\x80\x80\x80",
     ],
 )  # fmt: skip
 def test_byte_runs_read_as_sentencepiece_reads_them(read, small_vocabulary, values):

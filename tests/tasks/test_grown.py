@@ -45,7 +45,12 @@ def store(tmp_path: Path, vocabulary: Path) -> Path:
         policy_step=7,
     )
     sources = ChunkSources(
-        source_ids=[0, 1], rewards=REWARDS, valid=np.ones_like(REWARDS, bool), reference_rewards=[1.0, 1.0]
+        source_ids=[0, 1],
+        rewards=REWARDS,
+        valid=np.ones_like(REWARDS, bool),
+        reference_rewards=[1.0, 1.0],
+        components={"chrf": REWARDS},
+        reference_components={"chrf": [1.0, 1.0]},
     )
     writer.write(0, rows, sources, {})
     writer.finish({})
