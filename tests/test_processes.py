@@ -62,10 +62,10 @@ def start(project: Path, model_dir: Path, *, processes: int) -> list[subprocess.
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
         "--xla_llvm_disable_expensive_passes=true",
         "PYTHONPATH": os.pathsep.join([str(project), os.environ.get("PYTHONPATH", "")]),
-        "JAX_COMPILATION_CACHE_DIR": str(project / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         # One process compiles for all: they share this machine's cores, and gloo gives up on one that is 30 s late.
+        # Not with a cache on disk: a process that finds a program there gives nothing to the others, who wait for it.
         "JAX_SHARE_BINARY_BETWEEN_HOSTS": "true",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
     started = []
     for index in range(processes):

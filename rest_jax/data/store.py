@@ -38,6 +38,7 @@ from rest_jax.data.store_files import (
     read_metadata,
     remedy,
     sample_count,
+    whole_chunks,
     write_batch,
     write_text,
 )
@@ -125,25 +126,7 @@ class StoreWriter:
         Args:
           sources: chunk -> how many sources it has, over all processes.
         """
-        for path in self._directory.glob("*.arrow.tmp"):
-            path.unlink()
-        files: dict[int, set[str]] = {}
-        for path in self._directory.glob("*-*-*.arrow"):
-            files.setdefault(int(path.stem.split("-")[2]), set()).add(path.stem.split("-", 1)[1])
-        committed = set()
-        for chunk, suffixes in files.items():
-            pairs = [self._pair(f"{suffix}.arrow") for suffix in suffixes]
-            try:
-                whole = [[read_batch(path).num_rows for path in pair] for pair in pairs]
-                complete = sum(num_sources for _, num_sources in whole) == sources.get(chunk)
-            except UserError:
-                complete = False
-            if complete:
-                committed.add(chunk)
-            else:
-                for path in (self._directory / DONE_FILE, *(path for pair in pairs for path in pair)):
-                    path.unlink(missing_ok=True)
-        return committed
+        return whole_chunks(self._directory, sources)
 
     def write(self, chunk: int, rows: ChunkRows, sources: ChunkSources, statistics: Mapping[str, Any]) -> None:
         """Commits one chunk.
@@ -185,9 +168,7 @@ class StoreWriter:
         write_text(self._directory / DONE_FILE, json.dumps(parts, indent=1) + "\n")
 
     def _paths(self, chunk: int) -> tuple[Path, Path]:
-        return self._pair(f"{self._process_index:05d}-{chunk:05d}.arrow")
-
-    def _pair(self, suffix: str) -> tuple[Path, Path]:
+        suffix = f"{self._process_index:05d}-{chunk:05d}.arrow"
         return self._directory / f"part-{suffix}", self._directory / f"sources-{suffix}"
 
 
