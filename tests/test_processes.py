@@ -158,8 +158,8 @@ def test_four_processes_make_the_run_of_one(project: Path, one: Path) -> None:
 def kill_one_in(project: Path, model_dir: Path, *, begun: Callable[[], bool]) -> None:
     """Kills process 1 of 2 once `begun`; the other must end by itself, in time, and say who is lost.
 
-    It notices by a broken connection or at a barrier, and exits with 1; or, where it waits inside a program, JAX notices
-    that heartbeats stopped, says so and aborts.
+    It notices by a broken connection or at a barrier, and exits with 1; or, where it waits inside a program, JAX
+    notices that heartbeats stopped, says so and aborts.
     """
     started = start(project, model_dir, processes=2)
     try:
