@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -268,6 +269,24 @@ def fetch_owned(tree: Any) -> tuple[np.ndarray, Any]:
         for leaf, of_leaf in zip(leaves, parts, strict=True)
     ]
     return np.concatenate([np.zeros(0, rows.dtype), *owned]), jax.tree.unflatten(structure, fetched)
+
+
+def trace_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """While a part of a program is traced in here, it knows its mesh (`num_trace_shards`, `over_batch_axes`)."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def num_trace_shards() -> int:
+    """Into how many parts the batch axis is split on the mesh of the trace; 1 without a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in BATCH_AXES)
+
+
+def over_batch_axes(rows: jax.Array, *, axis: int = 0) -> jax.Array:
+    """`rows` with one axis split over the batch axes of the mesh of the trace."""
+    if num_trace_shards() == 1:
+        return rows
+    return jax.lax.with_sharding_constraint(rows, PartitionSpec(*(None,) * axis, BATCH_AXES))
 
 
 def param_logical_axes(path: str, *, rank: int | None = None) -> tuple[str, ...] | None:

@@ -229,13 +229,13 @@ def training_flops(params: Params, *, source_tokens: float, target_tokens: float
     activations: less than is computed. A table that is looked up costs nothing; one that also makes the logits counts.
 
     Args:
-      params: T5X's tree, or its shapes.
+      params: T5X's tree, or its shapes; of an encoder alone too.
       source_tokens, target_tokens: without padding.
     """
     encoder, decoder = (
-        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params[side])) for side in ("encoder", "decoder")
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params.get(side))) for side in ("encoder", "decoder")
     )
-    if "logits_dense" not in params["decoder"]:
+    if "decoder" in params and "logits_dense" not in params["decoder"]:
         decoder += math.prod(params["token_embedder"]["embedding"].shape)
     return 6.0 * (encoder * source_tokens + decoder * target_tokens)
 
@@ -263,6 +263,7 @@ def fit(
     phase: str,
     stop_requested: Callable[[], bool],
     profiled: ProfiledSteps | None = None,
+    measured: tuple[str, str] = ("reward", "mean reward on D_eval"),
 ) -> FitResult:
     """Trains from `initial_params` and keeps the checkpoint with the best mean reward on D_eval.
 
@@ -284,6 +285,7 @@ def fit(
       progress, metrics_writer, phase: where to report, under which name.
       stop_requested: True after SIGTERM.
       profiled: steps to trace, see `profiling`.
+      measured: name in the metrics, and in words, of what `mean_reward` gives; the reward model's is another.
 
     Raises:
       Preempted: after saving, when `stop_requested`.
@@ -331,9 +333,9 @@ def fit(
             reward = mean_reward(state.params) if known is None else known
             history.append((step, reward))
             # Before the checkpoint: a run killed between the two writes this line again, rather than never.
-            metrics_writer.write(phase=phase, step=step, scalars={"eval/reward": reward})
+            metrics_writer.write(phase=phase, step=step, scalars={f"eval/{measured[0]}": reward})
             save()
-        progress.log_event(f"step {step} | mean reward on D_eval {reward:.4f}")
+        progress.log_event(f"step {step} | {measured[1]} {reward:.4f}")
 
     def flush() -> None:
         nonlocal tokens, source_tokens
@@ -352,15 +354,14 @@ def fit(
             return
         total = {key: float(sum(values[key] for values in fetched)) for key in fetched[0]}
         weight = max(total["weight_sum"], 1.0)
-        tokens += int(total["weight_sum"])
-        scalars = {
-            "loss": total["loss"] / weight,
-            "cross_entropy": total["cross_entropy"] / weight,
-            "accuracy": total["correct"] / weight,
-            "grad_norm": total["grad_norm"] / len(fetched),
-        }
-        flops = training_flops(abstract_params, source_tokens=source_tokens, target_tokens=total["weight_sum"])
-        progress.update(step, tokens=int(total["weight_sum"]), flops=flops, loss=scalars["loss"])
+        # Of an objective that reads no target token, the encoder's.
+        new_tokens = int(total.get("tokens", total["weight_sum"]))
+        tokens += new_tokens
+        names = {"loss": "loss", "cross_entropy": "cross_entropy", "correct": "accuracy"}  # what an objective has
+        scalars = {name: total[key] / weight for key, name in names.items() if key in total}
+        scalars["grad_norm"] = total["grad_norm"] / len(fetched)
+        flops = training_flops(abstract_params, source_tokens=source_tokens, target_tokens=new_tokens)
+        progress.update(step, tokens=new_tokens, flops=flops, loss=scalars["loss"])
         source_tokens = 0.0
         metrics_writer.write(phase=phase, step=step, scalars=scalars)
 

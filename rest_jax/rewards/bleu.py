@@ -42,7 +42,7 @@ class BLEU(Reward):
         return True
 
     def init(self, vocabulary: RewardVocabulary) -> characters.CharacterTable:
-        return characters.character_table(vocabulary, whitespace=True)
+        return characters.character_table(vocabulary, whitespace="folded")
 
     def score(self, params: characters.CharacterTable, batch: RewardBatch) -> dict[str, jax.Array]:
         return {self.name: score_in_passes(params, batch["samples"], batch["references"], self._score)}

@@ -2,10 +2,12 @@
 
 The text is what the vocabulary decodes: pieces joined, runs of bytes read as UTF-8 (for each byte that is part of no
 valid sequence, U+FFFD in SentencePiece, nothing in a byte vocabulary), the unknown token shown by its surface, nothing
-for control tokens and padding. Whitespace is left out, as chrF does not count it, or kept where words are asked for.
+for control tokens and padding. Whitespace is left out, as chrF does not count it, folded where words are asked for, or
+kept as it is decoded.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +27,22 @@ _SENTENCEPIECE_SPACE = "\u2581"
 _LITERAL = -(1 << 30)
 # What str.split() splits at, as sacreBLEU does.
 _WHITESPACE = tuple(code for code in range(0x3001) if chr(code).isspace())
+# Left out; all but the line feed read as a space; or as decoded, without the space that decoding takes from the start.
+Whitespace = Literal["dropped", "folded", "verbatim"]
 
 
 class CharacterTable(NamedTuple):
     """Spelling of each token, and of the unknown token once more in the last row, for ids past the vocabulary.
 
     Attributes:
-      codes: int32 `[vocab_size + 1, max_piece_characters]`, code points without whitespace, then 0.
+      codes: int32 `[vocab_size + 1, max_piece_characters]`, code points, then 0.
       lengths: int32 `[vocab_size + 1]`, characters of each token.
       byte_values: int32 `[vocab_size + 1]`, the byte that a byte piece stands for; -1 for other pieces.
       invalid_bytes_shown: bool scalar; a byte that is part of no valid sequence reads as U+FFFD, or as nothing.
-      whitespace_shown: bool scalar; whitespace reads as a line feed or a space, which stands for all the others.
+      whitespace_shown: bool scalar; whitespace is not left out.
+      whitespace_folded: bool scalar; it reads as a line feed or a space, which stands for all the others.
+      space_lost: bool `[vocab_size + 1]`, pieces that are decoded without their first space at the start of the text.
+      all_spaces_lost: bool scalar; so are all such pieces up to the first that shows something, not one alone.
       eos_id: int32 scalar; the text ends before it.
     """
 
@@ -44,6 +51,9 @@ class CharacterTable(NamedTuple):
     byte_values: jax.Array
     invalid_bytes_shown: jax.Array
     whitespace_shown: jax.Array
+    whitespace_folded: jax.Array
+    space_lost: jax.Array
+    all_spaces_lost: jax.Array
     eos_id: jax.Array
 
 
@@ -65,9 +75,10 @@ class Spelling(NamedTuple):
         return self.ends[:, -1]
 
 
-def character_table(vocabulary: RewardVocabulary, *, whitespace: bool = False) -> CharacterTable:
-    """Reads the spelling of all pieces, on the host; with `whitespace` or without."""
+def character_table(vocabulary: RewardVocabulary, *, whitespace: Whitespace = "dropped") -> CharacterTable:
+    """Reads the spelling of all pieces, on the host."""
     size = vocabulary.vocab_size
+    space_lost = np.zeros(size + 1, np.bool_)
     byte_values = np.full(size + 1, -1, np.int32)
     spellings: list[list[int]] = []
     for token in [*range(size), vocabulary.unk_id]:
@@ -78,21 +89,26 @@ def character_table(vocabulary: RewardVocabulary, *, whitespace: bool = False) -
             text = vocabulary.decode([token])
         elif not vocabulary.is_control(token) and token not in (PAD_ID, vocabulary.eos_id):
             text = vocabulary.id_to_piece(token).replace(_SENTENCEPIECE_SPACE, " ")
-        if whitespace:
+            space_lost[token] = text.startswith(" ")
+        if whitespace == "folded":
             text = "".join(" " if character.isspace() and character != "\n" else character for character in text)
-        else:
+        elif whitespace == "dropped":
             text = "".join(text.split())
         spellings.append([ord(character) for character in text])
     lengths = np.asarray([len(spelling) for spelling in spellings], np.int32)
     codes = np.zeros((size + 1, max(int(lengths.max()), 1)), np.int32)
     for row, spelling in zip(codes, spellings, strict=True):
         row[: len(spelling)] = spelling
+    lost = _leading_spaces_lost(vocabulary, space_lost) if whitespace == "verbatim" else 0
     return CharacterTable(
         codes=jnp.asarray(codes),
         lengths=jnp.asarray(lengths),
         byte_values=jnp.asarray(byte_values),
         invalid_bytes_shown=jnp.asarray(vocabulary.invalid_bytes_shown),
-        whitespace_shown=jnp.asarray(whitespace),
+        whitespace_shown=jnp.asarray(whitespace != "dropped"),
+        whitespace_folded=jnp.asarray(whitespace == "folded"),
+        space_lost=jnp.asarray(space_lost & (lost > 0)),
+        all_spaces_lost=jnp.asarray(lost > 1),
         eos_id=jnp.asarray(vocabulary.eos_id, jnp.int32),
     )
 
@@ -110,14 +126,21 @@ def spell(table: CharacterTable, tokens: jax.Array) -> Spelling:
     in_text = jnp.cumsum(tokens == table.eos_id, axis=1) == 0
     byte_values = jnp.where(in_text, table.byte_values[ids], -1)  # [rows, length]
     decoded, shown = _decode_utf8(
-        byte_values, invalid_bytes_shown=table.invalid_bytes_shown, whitespace_shown=table.whitespace_shown
+        byte_values,
+        invalid_bytes_shown=table.invalid_bytes_shown,
+        whitespace_shown=table.whitespace_shown,
+        whitespace_folded=table.whitespace_folded,
     )
     is_byte = byte_values >= 0
     lengths = jnp.where(is_byte, shown.astype(jnp.int32), table.lengths[ids])
     lengths = jnp.where(in_text, lengths, 0)
+    space_lost = table.space_lost[ids] & in_text
+    before = lengths - (space_lost & table.all_spaces_lost)
+    space_lost &= jnp.cumsum(before, axis=1) == before
+    lengths -= space_lost
     ends = jnp.cumsum(lengths, axis=1)
     starts = ends - lengths
-    offsets = jnp.where(is_byte, decoded + _LITERAL, ids * table.codes.shape[1] - starts)
+    offsets = jnp.where(is_byte, decoded + _LITERAL, ids * table.codes.shape[1] + space_lost - starts)
     return Spelling(offsets=offsets, ends=ends)
 
 
@@ -132,8 +155,45 @@ def characters(table: CharacterTable, spelling: Spelling, *, max_characters: int
     return jnp.where(positions < spelling.num_characters[:, None], codes, 0)
 
 
+def constant(text: str) -> Spelling:
+    """The same `text` for every row, `[1, characters]`; `concatenate` repeats it."""
+    codes = np.asarray([ord(character) for character in text], np.int32)
+    ends = np.arange(1, len(codes) + 1, dtype=np.int32)
+    return Spelling(offsets=jnp.asarray(codes[None] + _LITERAL), ends=jnp.asarray(ends[None]))
+
+
+def concatenate(spellings: Sequence[Spelling]) -> Spelling:
+    """The texts of each row behind each other; spellings of one row belong to all rows."""
+    rows = max(spelling.ends.shape[0] for spelling in spellings)
+    start = jnp.zeros((rows, 1), jnp.int32)
+    offsets, ends = [], []
+    for spelling in spellings:
+        literal = spelling.offsets < _LITERAL // 2
+        offsets.append(jnp.where(literal, spelling.offsets, spelling.offsets - start))
+        ends.append(spelling.ends + start)
+        start = ends[-1][:, -1:]
+    broadcast = [jnp.broadcast_to(array, (rows, array.shape[1])) for array in offsets]
+    return Spelling(offsets=jnp.concatenate(broadcast, axis=1), ends=jnp.concatenate(ends, axis=1))
+
+
+def _leading_spaces_lost(vocabulary: RewardVocabulary, starts_with_space: np.ndarray) -> int:
+    """How many pieces in a row lose their first space at the start of a text: 0, 1, or 2 for any number."""
+    pieces = {vocabulary.id_to_piece(int(token)): int(token) for token in np.flatnonzero(starts_with_space)}
+    longer = next((token for piece, token in pieces.items() if len(piece) > 1), None)
+    alone = pieces.get(_SENTENCEPIECE_SPACE)
+    if longer is None or vocabulary.decode([longer]).startswith(" "):
+        return 0
+    if alone is None:
+        return 1  # no piece is empty without its space
+    return 1 if vocabulary.decode([alone, longer]).startswith(" ") else 2
+
+
 def _decode_utf8(
-    byte_values: jax.Array, *, invalid_bytes_shown: jax.Array, whitespace_shown: jax.Array
+    byte_values: jax.Array,
+    *,
+    invalid_bytes_shown: jax.Array,
+    whitespace_shown: jax.Array,
+    whitespace_folded: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Reads runs of bytes as UTF-8.
 
@@ -143,10 +203,11 @@ def _decode_utf8(
       byte_values: int32 `[rows, length]`, -1 where no byte is.
       invalid_bytes_shown: whether bytes that are part of no valid sequence are shown.
       whitespace_shown: whether whitespace is.
+      whitespace_folded: whether whitespace but the line feed reads as a space.
 
     Returns:
-      The code point that starts at each byte (U+FFFD where none does; a space for whitespace but the line feed; `NUL`
-      for U+0000), and whether it is shown: bytes inside a valid sequence are not.
+      The code point that starts at each byte (U+FFFD where none does, `NUL` for U+0000), and whether it is shown: bytes
+      inside a valid sequence are not.
     """
     length = byte_values.shape[1]
 
@@ -171,5 +232,5 @@ def _decode_utf8(
     whitespace = jnp.isin(code, jnp.asarray(_WHITESPACE, jnp.int32), method="compare_all")
     starts_one = valid_1 | valid_2 | valid_3 | valid_4 | invalid_bytes_shown
     shown = (byte_values >= 0) & ~covered & starts_one & (whitespace_shown | ~whitespace)
-    code = jnp.where(whitespace & (code != LINE_FEED), SPACE, code)
+    code = jnp.where(whitespace & whitespace_folded & (code != LINE_FEED), SPACE, code)
     return jnp.where(code == 0, NUL, code), shown

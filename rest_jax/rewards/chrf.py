@@ -51,7 +51,7 @@ class ChrF(Reward):
         return "chrf++" if self.word_order else "chrf"
 
     def init(self, vocabulary: RewardVocabulary) -> characters.CharacterTable:
-        return characters.character_table(vocabulary, whitespace=self.word_order > 0)
+        return characters.character_table(vocabulary, whitespace="folded" if self.word_order else "dropped")
 
     def score(self, params: characters.CharacterTable, batch: RewardBatch) -> dict[str, jax.Array]:
         return {self.name: score_in_passes(params, batch["samples"], batch["references"], self._score)}

@@ -36,7 +36,7 @@ def score_in_passes(
       float32 `[batch, num_samples]`.
     """
     num_sources, num_samples, _ = samples.shape
-    passes = _number_of_passes(num_sources, num_samples=num_samples)
+    passes = number_of_passes(num_sources, num_samples=num_samples)
 
     def score_pass(batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         samples, others = batch
@@ -44,7 +44,7 @@ def score_in_passes(
         return score(table, jnp.concatenate([_pad_to(samples, length), _pad_to(others[:, None], length)], axis=1))
 
     # A pass takes every passes-th source, not neighbours, so that each has its share of every shard of the batch.
-    scores = jax.lax.map(score_pass, (_deal(samples, passes), _deal(others, passes)))
+    scores = jax.lax.map(score_pass, (deal(samples, passes), deal(others, passes)))
     return jnp.moveaxis(scores, 0, 1).reshape(num_sources, num_samples)
 
 
@@ -75,7 +75,7 @@ def ngram_counts(length: jax.Array, *, order: int) -> jax.Array:
     return jnp.stack([jnp.maximum(length - shorter, 0) for shorter in range(order)])
 
 
-def _number_of_passes(num_sources: int, *, num_samples: int) -> int:
+def number_of_passes(num_sources: int, *, num_samples: int) -> int:
     """The fewest equal passes over the sources that keep each within the texts that a device scores at once."""
     texts = (_CPU_TEXTS if jax.default_backend() == "cpu" else _ACCELERATOR_TEXTS) * jax.device_count()
     fitting = (
@@ -86,7 +86,7 @@ def _number_of_passes(num_sources: int, *, num_samples: int) -> int:
     return next(fitting, num_sources)
 
 
-def _deal(array: jax.Array, hands: int) -> jax.Array:
+def deal(array: jax.Array, hands: int) -> jax.Array:
     """`[n, ...]` -> `[hands, n / hands, ...]`, as cards are dealt."""
     return jnp.moveaxis(array.reshape(array.shape[0] // hands, hands, *array.shape[1:]), 1, 0)
 

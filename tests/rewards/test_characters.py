@@ -24,9 +24,9 @@ def read_bytes():
     return reader(BYTES)
 
 
-def reader(vocabulary: Vocabulary):
-    """Token ids -> text without whitespace, through the graph."""
-    table = characters.character_table(vocabulary)
+def reader(vocabulary: Vocabulary, whitespace: characters.Whitespace = "dropped"):
+    """Token ids -> text through the graph."""
+    table = characters.character_table(vocabulary, whitespace=whitespace)
     width = table.codes.shape[1] * LENGTH
 
     @jax.jit
@@ -131,3 +131,40 @@ def test_text_ends_at_the_vocabularys_own_eos():
         eos_id = 2
 
     assert reader(LaterEos())([[*BYTES.encode("ab"), 2, *BYTES.encode("c")]]) == ["ab"]
+
+
+@pytest.fixture(scope="module", params=["spaces_kept", "extra_spaces_removed", "bytes"])
+def verbatim(request, small_vocabulary):
+    """(vocabulary, its reader with whitespace as it is decoded)."""
+    vocabulary = {
+        "spaces_kept": small_vocabulary,
+        "extra_spaces_removed": SentencePieceVocabulary("rest_jax://tasks/demo_data/vocab.model"),
+        "bytes": BYTES,
+    }[request.param]
+    return vocabulary, reader(vocabulary, "verbatim")
+
+
+@given(data=st.data())
+def test_verbatim_text_is_the_decoded_one(verbatim, data):
+    vocabulary, read = verbatim
+    # Spaces in bytes and in pieces, alone and before a word, are drawn as often as everything else.
+    spaces = st.sampled_from(vocabulary.encode("  a  in the\t\u3000\n ") + [vocabulary.unk_id])
+    token = spaces | st.integers(0, vocabulary.vocab_size - 1)
+    rows = data.draw(st.lists(st.lists(token, max_size=LENGTH), min_size=8, max_size=8))
+    assert read(rows) == [vocabulary.decode(row) for row in rows]
+
+
+def test_constants_and_texts_stand_behind_each_other(small_vocabulary):
+    table = characters.character_table(small_vocabulary, whitespace="verbatim")
+    texts = ["In the beginning", "Größe 東京"]
+    tokens = np.zeros((2, LENGTH), np.int32)
+    for target, text in zip(tokens, texts, strict=True):
+        ids = small_vocabulary.encode(text)
+        target[: len(ids)] = ids
+    spelled = characters.spell(table, jnp.asarray(tokens))
+    joined = characters.concatenate(
+        [characters.constant("<好>"), spelled, characters.constant(" | "), characters.spell(table, tokens[:1])]
+    )
+    codes = np.asarray(characters.characters(table, joined, max_characters=64))
+    found = ["".join(map(chr, row[:length])) for row, length in zip(codes, joined.num_characters, strict=True)]
+    assert found == [f"<好>{text} | {texts[0]}" for text in texts]

@@ -21,7 +21,7 @@ SPLITTINGS = {
 @pytest.fixture(scope="module", params=SPLITTINGS, ids=lambda splitting: splitting.__name__)
 def splitting(request):
     """A splitting in the graph, of texts; and sacreBLEU's of the same text."""
-    table = characters.character_table(BYTES, whitespace=True)
+    table = characters.character_table(BYTES, whitespace="folded")
 
     @jax.jit
     def run(tokens):

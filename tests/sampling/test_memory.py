@@ -32,6 +32,13 @@ def test_what_cannot_fit_is_refused_with_the_numbers(settings):
         memory.plan(CONFIG, **REQUEST, **settings, budget=500 * memory.MIB)
 
 
+def test_a_rewards_parameters_take_their_place():
+    budget = 1_600 * memory.MIB
+    alone, beside = (memory.plan(CONFIG, **REQUEST, reward_bytes=size, budget=budget) for size in (0, 450 * memory.MIB))
+    assert beside.layout.slots < alone.layout.slots and beside.total <= budget
+    assert "reward's parameters 450" in str(beside) and "reward's" not in str(alone)
+
+
 def test_narrow_caches_and_more_devices_take_less():
     def cache(**settings):
         return memory.plan(CONFIG, **REQUEST, **settings, slots=256, budget=2**50).parts["self-attention cache"]
