@@ -16,10 +16,12 @@ import numpy as np
 
 from rest_jax.data.batching import LengthGroup
 from rest_jax.data.store import ChunkRows, ChunkSources, ScoredStore, StoreWriter
+from rest_jax.data.store_files import DONE_FILE
 from rest_jax.data.token_dataset import TokenDataset
 from rest_jax.errors import Preempted, UserError
 from rest_jax.filters import Filter, Threshold, distinct, repeated_ngrams
-from rest_jax.partitioning import Partitioner
+from rest_jax.partitioning import Partitioner, fetch_owned
+from rest_jax.processes import Processes
 from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
 from rest_jax.rewards.base import Reward
@@ -199,6 +201,7 @@ def compile_grow(
 ) -> Program:
     """`grow_chunk` under jit, sources over the mesh's data axes."""
     partitioner.check_batch_divisible(growing.sampling.sources_per_chunk, "Sampling.sources_per_chunk")
+    rows, everywhere = partitioner.batch_sharding(), partitioner.replicated()
     return jax.jit(
         functools.partial(
             grow_chunk,
@@ -210,7 +213,9 @@ def compile_grow(
             max_length=max_length,
             mesh=partitioner.mesh,
             reward_bytes=reward_bytes,
-        )
+        ),
+        # Each process stores what its own devices drew, and knows of all the numbers that there is one of.
+        out_shardings={"survivors": rows, "kept": everywhere, "sources": rows, "statistics": everywhere},
     )
 
 
@@ -225,6 +230,7 @@ def grow(
     dataset: TokenDataset,
     lengths: Mapping[str, int],
     partitioner: Partitioner,
+    processes: Processes,
     seed: int,
     grow_step: int,
     progress: ProgressLine,
@@ -243,6 +249,7 @@ def grow(
       reward_params: the reward's tables or weights.
       dataset, lengths: D, and the rows' lengths in tokens.
       partitioner: the mesh.
+      processes: of the run; each writes its own part of the store.
       seed, grow_step: what the draws are a function of, beside source and sample.
       progress, metrics_writer, phase: where to report, under which name.
       stop_requested: True after SIGTERM.
@@ -256,10 +263,16 @@ def grow(
       Preempted: when `stop_requested`; every finished chunk is in the store.
       UserError: an Improve step would ask for samples that Grow's filter dropped.
     """
-    writer = StoreWriter(directory, process_index=jax.process_index())
+    writer = StoreWriter(directory, process_index=processes.index)
     indices = choose_sources(num_sources=len(dataset), max_sources=growing.max_sources, seed=seed, stream=grow_step)
     groups = chunks(dataset, indices=indices, sampling=growing.sampling, max_source_length=lengths["inputs"])
-    committed = writer.committed_chunks()
+    committed: set[int] = set()
+    with processes.lead_first(f"{phase}: unfinished chunks deleted"):
+        if processes.lead:
+            committed = writer.committed_chunks({number: len(group.indices) for number, group in enumerate(groups)})
+    # One bit a chunk, in hexadecimal: all must draw the same chunks.
+    mask = processes.gather(f"{phase}: chunks", hex(sum(1 << number for number in committed)))[0]
+    committed = {number for number in range(len(groups)) if int(mask, 16) >> number & 1}
     progress.start(total=len(groups), done=len(committed))
     drawn = run_chunks(
         [(number, group) for number, group in enumerate(groups) if number not in committed],
@@ -277,6 +290,7 @@ def grow(
         _append(writer, number, group, result, dataset=dataset, policy_step=policy_step, progress=progress)
         if stop_requested():
             raise Preempted(f"{phase}: stopped at chunk {number + 1} of {len(groups)}; finished chunks are saved.")
+    processes.wait(f"{phase}: all chunks written")
     statistics = summarise(writer.chunk_statistics())
     metrics_writer.write(
         phase=phase, step=grow_step, scalars={k: v for k, v in statistics.items() if isinstance(v, (int, float))}
@@ -290,7 +304,11 @@ def grow(
         "thresholds": preview(store),
         **facts,
     }
-    writer.finish(statistics)
+    # All read the same store and come to the same numbers; one writes them, once all have read.
+    processes.wait(f"{phase}: statistics")
+    if processes.lead:
+        writer.finish(statistics)
+    processes.wait_for_file(directory / DONE_FILE)
     return statistics
 
 
@@ -304,33 +322,36 @@ def _append(
     policy_step: int,
     progress: ProgressLine,
 ) -> None:
-    """Fetches one chunk's survivors and statistics, and commits them."""
-    real = len(group.indices)
+    """Fetches one chunk's survivors and statistics, and commits them: of its own rows, each process."""
     source_ids = np.asarray(dataset.source_ids)[group.indices]
-    kept, sources, statistics = jax.device_get((result["kept"], result["sources"], result["statistics"]))
+    kept, statistics = jax.device_get((result["kept"], result["statistics"]))
+    owned, sources = fetch_owned(result["sources"])
     rows = fetch_survivors(result["survivors"], kept)
     row = rows.pop("row")
-    writer.write(
-        number,
-        ChunkRows(
-            source_ids=source_ids[row],
-            sample_ids=rows["sample_id"],
-            inputs=[dataset.inputs(int(group.indices[r])) for r in row],
-            targets=[tokens[:length] for tokens, length in zip(rows["targets"], rows["length"], strict=True)],
-            log_probs=rows["log_prob"],
-            rewards={
-                name.removeprefix(COMPONENT): values for name, values in rows.items() if name.startswith(COMPONENT)
-            },
-            total_rewards=rows["reward"],
-            hit_eos=rows["hit_eos"],
-            policy_step=policy_step,
-        ),
-        ChunkSources(
-            source_ids=source_ids,
-            **jax.tree.map(lambda values: values[:real], sources),
-        ),
-        {name: np.asarray(value).tolist() for name, value in statistics.items()},
-    )
+    real = int(np.sum(owned < len(group.indices)))
+    if real:
+        writer.write(
+            number,
+            ChunkRows(
+                source_ids=source_ids[row],
+                sample_ids=rows["sample_id"],
+                inputs=[dataset.inputs(int(group.indices[r])) for r in row],
+                targets=[tokens[:length] for tokens, length in zip(rows["targets"], rows["length"], strict=True)],
+                log_probs=rows["log_prob"],
+                rewards={
+                    name.removeprefix(COMPONENT): values for name, values in rows.items() if name.startswith(COMPONENT)
+                },
+                total_rewards=rows["reward"],
+                hit_eos=rows["hit_eos"],
+                policy_step=policy_step,
+            ),
+            ChunkSources(
+                source_ids=source_ids[owned[:real]],
+                **jax.tree.map(lambda values: values[:real], sources),
+            ),
+            # The sums are of all processes' samples, so they stand with the chunk's first row alone.
+            {name: np.asarray(value).tolist() for name, value in statistics.items()} if owned[0] == 0 else {},
+        )
     count = int(statistics["count"])
     mean = float(statistics["reward_sum"]) / max(count, 1)
     values = {"reward": mean, "kept": int(kept.sum()) / max(count, 1)}
@@ -340,21 +361,26 @@ def _append(
 
 
 def fetch_survivors(survivors: Mapping[str, jax.Array], kept: np.ndarray) -> dict[str, np.ndarray]:
-    """Copies the kept rows to the host, and nothing of the others.
+    """Copies the kept rows of this process's shards to the host, and nothing of the others.
 
     Args:
       survivors: `[data_shards, rows, ...]`, kept rows first, the others zero.
-      kept: `[data_shards]`.
+      kept: `[data_shards]`, of all processes: they copy shapes that all agree on.
 
     Returns:
-      Fields `[sum(kept), ...]`, shard after shard.
+      Fields `[sum(kept of the shards), ...]`, shard after shard.
     """
     rows = next(iter(survivors.values())).shape[1]
     unit = max(rows // _FETCH_STEPS, 1)
     length = min(-(-int(kept.max()) // unit) * unit, rows)
-    fetched = jax.device_get(_first_rows(dict(survivors), length))
+    shards, fetched = fetch_owned(_first_rows(dict(survivors), length))
     return {
-        name: np.concatenate([shard[:count] for shard, count in zip(field, kept, strict=True)])
+        name: np.concatenate(
+            [
+                np.zeros((0, *field.shape[2:]), field.dtype),
+                *(rows[:count] for rows, count in zip(field, kept[shards], strict=True)),
+            ]
+        )
         for name, field in fetched.items()
     }
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ def make_mesh(*, replica: int = 1, data: int = -1, model: int = 1, devices: Sequ
       devices: all of `jax.devices()` where None.
 
     Raises:
-      UserError: the three do not multiply to the number of devices.
+      UserError: the three do not multiply to the number of devices, or a replica would lie in several slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     count = len(devices)
@@ -55,7 +56,12 @@ def make_mesh(*, replica: int = 1, data: int = -1, model: int = 1, devices: Sequ
         )
     shape = (replica, data, model)
     slices = {getattr(device, "slice_index", 0) for device in devices}
-    if len(slices) > 1 and replica % len(slices) == 0:
+    if replica % len(slices):
+        raise UserError(
+            f"mesh replica={replica}, but the devices are of {len(slices)} slices, between which the network is slow: "
+            f"only gradients should cross it. Set replica (REPLICAS) to a multiple of {len(slices)}."
+        )
+    if len(slices) > 1:
         inner = (replica // len(slices), data, model)
         grid = mesh_utils.create_hybrid_device_mesh(inner, (len(slices), 1, 1), devices=devices)
     else:
@@ -187,9 +193,41 @@ class Partitioner:
             )
 
     def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows [rows, ...] -> global arrays of all processes' rows, split by `batch_sharding`."""
+        """This process's rows (`local_rows`) [rows, ...] -> global arrays of all rows, split by `batch_sharding`."""
         sharding = self.batch_sharding()
-        return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+        shards = self.local_rows(self.num_batch_shards)
+
+        def put(local: np.ndarray) -> jax.Array:
+            per_shard = len(local) // len(shards)
+
+            def part(index: Any) -> np.ndarray:
+                start = int(np.searchsorted(shards, (index[0].start or 0) // per_shard)) * per_shard
+                return local[start : start + per_shard]
+
+            return jax.make_array_from_callback((per_shard * self.num_batch_shards, *local.shape[1:]), sharding, part)
+
+        return {name: put(rows) for name, rows in batch.items()}
+
+    def local_rows(self, num_rows: int) -> np.ndarray:
+        """Which of the rows of a global batch lie on this process's devices, in rising order."""
+        slices = self.batch_sharding().addressable_devices_indices_map((num_rows,)).values()
+        return np.unique(np.concatenate([np.arange(num_rows)[index] for index in slices]))
+
+    def put_everywhere(self, tree: Any) -> Any:
+        """Arrays that every process has -> the same, whole, on every device."""
+        sharding = self.replicated()
+
+        def put(leaf: Any) -> jax.Array:
+            local = np.asarray(leaf)
+            return jax.make_array_from_callback(local.shape, sharding, lambda index: local[index])
+
+        return jax.tree.map(put, tree)
+
+    def fetch(self, tree: Any) -> Any:
+        """Global arrays -> all of them on the host of every process."""
+        if jax.process_count() > 1:
+            tree = _everywhere(self.replicated())(tree)
+        return jax.device_get(tree)
 
     @contextlib.contextmanager
     def activation_rules(self) -> Iterator[None]:
@@ -203,6 +241,34 @@ class Partitioner:
 
     def _mesh_text(self) -> str:
         return ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())
+
+
+@functools.cache
+def _everywhere(replicated: NamedSharding) -> Any:
+    return jax.jit(lambda tree: tree, out_shardings=replicated)
+
+
+def fetch_owned(tree: Any) -> tuple[np.ndarray, Any]:
+    """The rows of global arrays, split along their first axis alone, that this process is the one to keep.
+
+    A row that several processes hold, of a 'model' axis across hosts, is one's alone.
+
+    Returns:
+      Which rows, `[rows]`, rising; and the tree of them, on the host.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    shards = [
+        sorted((s for s in leaf.addressable_shards if s.replica_id == 0), key=lambda s: s.index[0].start or 0)
+        for leaf in leaves
+    ]
+    parts = jax.device_get([[shard.data for shard in of_leaf] for of_leaf in shards])
+    rows = np.arange(leaves[0].shape[0])
+    owned = [rows[shard.index[0]] for shard in shards[0]]
+    fetched = [
+        np.concatenate([np.zeros((0, *leaf.shape[1:]), leaf.dtype), *of_leaf])
+        for leaf, of_leaf in zip(leaves, parts, strict=True)
+    ]
+    return np.concatenate([np.zeros(0, rows.dtype), *owned]), jax.tree.unflatten(structure, fetched)
 
 
 def trace_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:

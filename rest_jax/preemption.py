@@ -1,11 +1,30 @@
 """SIGTERM as a question that a run asks itself: the way a scheduler takes its machine back."""
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from jax.experimental import multihost_utils
+
+
+def stop_of_any() -> Callable[[], bool]:
+    """With several processes: whether SIGTERM has reached one of them, answered alike by all.
+
+    All must ask equally often. JAX's preemption service takes the signal, tells the others, and makes all say yes at
+    the same question; after that the answer stays yes.
+    """
+    asked, stopped = itertools.count(), False
+
+    def requested() -> bool:
+        nonlocal stopped
+        stopped = stopped or multihost_utils.reached_preemption_sync_point(next(asked))
+        return stopped
+
+    return requested
 
 
 @contextlib.contextmanager

@@ -151,7 +151,7 @@ def _score(config: ReST, new: Mapping[str, Reward], store: ScoredStore) -> tuple
             for row in range(first_row[at], end_row[at]):
                 tokens = rows.targets(row)
                 source[rows.sample_ids[row], : len(tokens)] = tokens
-        batch = chunk_batch(dataset, group, sources_per_chunk=size, target_length=target_length)
+        batch = chunk_batch(dataset, group, rows=np.arange(size), target_length=target_length)
         found, of_references = jax.device_get(
             program(params, config.partitioner.put_batch({**batch, "samples": samples}))
         )

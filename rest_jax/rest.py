@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rest_jax import chips
 from rest_jax import grow as grow_lib
 from rest_jax import improve as improve_lib
 from rest_jax import training as training_lib
@@ -35,6 +36,8 @@ from rest_jax.evaluation.evaluate import Evaluation, Evaluator
 from rest_jax.filters import check_schedule
 from rest_jax.models.initial_params import initial_params
 from rest_jax.partitioning import Partitioner
+from rest_jax.processes import Processes
+from rest_jax.profiling import ProfiledSteps
 from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
 from rest_jax.reporting.report import write_report
@@ -162,15 +165,28 @@ class Runner:
     Args:
       config: the run.
       stop_requested: True after SIGTERM; the phase in progress saves and raises `Preempted`.
+      processes: of the run, all of which make a Runner; None where there is one.
+      beat: called at each sign of progress (`watchdog`).
+      profiled: training steps to trace.
 
     Raises:
       UserError: something in the configuration or the data does not fit; nothing was written.
     """
 
-    def __init__(self, config: ReST, *, stop_requested: Callable[[], bool] = lambda: False):
+    def __init__(
+        self,
+        config: ReST,
+        *,
+        stop_requested: Callable[[], bool] = lambda: False,
+        processes: Processes | None = None,
+        beat: Callable[[], None] = lambda: None,
+        profiled: ProfiledSteps | None = None,
+    ):
         self.config = config
+        self.processes = processes or Processes()
         self.model_dir = Path(config.model_dir)
-        self._stop_requested = stop_requested
+        self._beat, self._profiled = beat, profiled
+        self._asked_to_stop = stop_requested
         check_reward(config.reward, has_references=True, languages=config.languages)
         check_comparable(config.reward)
         if config.grow_steps and config.improve_steps:
@@ -202,7 +218,12 @@ class Runner:
             restart_from_base=config.improving.restart_from_base,
         )
         self._grow_program: Any = None
-        self._writer = MetricsWriter(self.model_dir, enabled=jax.process_index() == 0)
+        self._writer = MetricsWriter(self.model_dir, enabled=self.processes.lead)
+
+    def _stop_requested(self) -> bool:
+        """Asked once a step or chunk: each is a sign of progress."""
+        self._beat()
+        return self._asked_to_stop()
 
     @functools.cached_property
     def reward_params(self) -> RewardParams:
@@ -223,6 +244,7 @@ class Runner:
             eval_set=self._eval_set,
             test_set=self._test_set,
             seed=config.seed,
+            beat=self._beat,
         )
 
     def run(self, phases: Iterable[Phase] | None = None) -> None:
@@ -241,8 +263,10 @@ class Runner:
                 )
             started = time.monotonic()
             result = getattr(self, f"_{phase.kind}")(phase, self._progress(phase))
-            write_json(mark, {"name": phase.name, **result, "seconds": round(time.monotonic() - started, 2)})
-            if phase.kind == "evaluate":
+            if self.processes.lead:
+                write_json(mark, {"name": phase.name, **result, "seconds": round(time.monotonic() - started, 2)})
+            self.processes.wait_for_file(mark)
+            if phase.kind == "evaluate" and self.processes.lead:
                 self._summarise(num_resamples=0)
         self._writer.close()
 
@@ -265,10 +289,17 @@ class Runner:
         return summary
 
     def finish(self) -> str:
-        """Writes the last policy to MODEL_DIR/policy, the comparisons and the report; returns the table of the run."""
+        """Writes the last policy to MODEL_DIR/policy, the comparisons and the report; returns the table of the run.
+
+        All processes write the policy, the first one the rest; to the others it returns an empty text.
+        """
         trained = [phase.name for phase in self.phases if phase.kind in ("bc", "improve")]
         last = [name for name in trained if self.result(name) is not None][-1]
-        checkpointer.save_params(self.model_dir / "policy", self.policy(last), dtype=self.config.policy_dtype)
+        checkpointer.save_params(
+            self.model_dir / "policy", self.policy(last), dtype=self.config.policy_dtype, processes=self.processes
+        )
+        if not self.processes.lead:
+            return ""
         summary = self._summarise(num_resamples=self.config.evaluation.bootstrap_resamples)
         report = write_report(self.model_dir)
         return f"{format_table(summary)}\n\nReport: {report}"
@@ -331,6 +362,7 @@ class Runner:
             dataset=self.train_set,
             lengths=config.data.lengths,
             partitioner=config.partitioner,
+            processes=self.processes,
             seed=config.seed,
             grow_step=phase.grow_step,
             progress=progress,
@@ -427,6 +459,7 @@ class Runner:
             metrics_writer=self._writer,
             phase=phase.name,
             stop_requested=self._stop_requested,
+            profiled=self._profiled,
         )
         return dataclasses.asdict(result)
 
@@ -437,7 +470,14 @@ class Runner:
         parts = [f"grow {phase.grow_step}/{self.config.grow_steps}"] if phase.grow_step else []
         if phase.kind == "improve":
             parts.append(f"improve {phase.improve_step}/{self.config.improve_steps}")
-        return ProgressLine(" | ".join(parts) or phase.name, enabled=jax.process_index() == 0)
+        devices = self.config.partitioner.mesh.devices.ravel().tolist()
+        chip = chips.of_device(devices[0])
+        return ProgressLine(
+            " | ".join(parts) or phase.name,
+            enabled=self.processes.lead,
+            devices=len(devices),
+            peak_flops=None if chip is None else chip.flops * len(devices),
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -20,6 +20,7 @@ from rest_jax.errors import Preempted, UserError
 from rest_jax.objectives import Objective, bc
 from rest_jax.optimizers import MakeOptimizer, MakeSchedule, adamw, cosine
 from rest_jax.partitioning import Partitioner
+from rest_jax.profiling import ProfiledSteps
 from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
 
@@ -221,6 +222,24 @@ class FitResult:
     history: tuple[tuple[int, float], ...]  # (step, mean reward on D_eval)
 
 
+def training_flops(params: Params, *, source_tokens: float, target_tokens: float) -> float:
+    """Of forward and backward passes: 6 for each parameter that a token is multiplied with.
+
+    The usual count for model-flops utilisation (arXiv 2204.02311, appendix B), here without attention's products of
+    activations: less than is computed. A table that is looked up costs nothing; one that also makes the logits counts.
+
+    Args:
+      params: T5X's tree, or its shapes; of an encoder alone too.
+      source_tokens, target_tokens: without padding.
+    """
+    encoder, decoder = (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params.get(side))) for side in ("encoder", "decoder")
+    )
+    if "decoder" in params and "logits_dense" not in params["decoder"]:
+        decoder += math.prod(params["token_embedder"]["embedding"].shape)
+    return 6.0 * (encoder * source_tokens + decoder * target_tokens)
+
+
 def best_of(history: Sequence[tuple[int, float]]) -> tuple[int, float]:
     """The (step, reward) of highest reward, of equal ones the earliest."""
     return max(history, key=lambda item: (item[1], -item[0]))
@@ -243,6 +262,7 @@ def fit(
     metrics_writer: MetricsWriter,
     phase: str,
     stop_requested: Callable[[], bool],
+    profiled: ProfiledSteps | None = None,
     measured: tuple[str, str] = ("reward", "mean reward on D_eval"),
 ) -> FitResult:
     """Trains from `initial_params` and keeps the checkpoint with the best mean reward on D_eval.
@@ -264,6 +284,7 @@ def fit(
       seed: of data order and dropout.
       progress, metrics_writer, phase: where to report, under which name.
       stop_requested: True after SIGTERM.
+      profiled: steps to trace, see `profiling`.
       measured: name in the metrics, and in words, of what `mean_reward` gives; the reward model's is another.
 
     Raises:
@@ -284,6 +305,7 @@ def fit(
         step, tokens, history = latest, saved["tokens"], [(int(s), float(r)) for s, r in saved["history"]]
 
     step_fn = compile_train_step(training=training, model=model, partitioner=partitioner)
+    rows = partitioner.local_rows(training.batch_size)
     plan = BatchPlan(
         mixture,
         batch_size=training.batch_size,
@@ -292,12 +314,14 @@ def fit(
         pack=training.pack,
         seed=seed,
         eos_id=eos_id_of(model.output_vocabulary),
+        rows=rows,
     )
     batches = plan.iterator(start_step=step)
     dropout_key = jax.random.key(seed)
     progress.start(total=training.steps, done=step)
     # Lines of a phase that left no checkpoint are all written again, those of step 0 too.
     metrics_writer.resume(phase=phase, step=-1 if latest is None else step)
+    source_tokens = 0.0  # Since the last log line, of all processes, if their rows are like this one's.
     pending: list[dict[str, jax.Array]] = []  # Metrics of the steps since the last log line, still on the device.
 
     def save() -> None:
@@ -314,7 +338,7 @@ def fit(
         progress.log_event(f"step {step} | {measured[1]} {reward:.4f}")
 
     def flush() -> None:
-        nonlocal tokens
+        nonlocal tokens, source_tokens
         fetched = jax.device_get(pending)
         first = step - len(fetched)
         for offset, values in enumerate(fetched):
@@ -336,7 +360,9 @@ def fit(
         names = {"loss": "loss", "cross_entropy": "cross_entropy", "correct": "accuracy"}  # what an objective has
         scalars = {name: total[key] / weight for key, name in names.items() if key in total}
         scalars["grad_norm"] = total["grad_norm"] / len(fetched)
-        progress.update(step, tokens=new_tokens, loss=scalars["loss"])
+        flops = training_flops(abstract_params, source_tokens=source_tokens, target_tokens=new_tokens)
+        progress.update(step, tokens=new_tokens, flops=flops, loss=scalars["loss"])
+        source_tokens = 0.0
         metrics_writer.write(phase=phase, step=step, scalars=scalars)
 
     def out_of_patience() -> bool:
@@ -348,7 +374,11 @@ def fit(
         if step == 0 and initial_reward is not None and not history:
             measure(known=initial_reward)
         while step < training.steps and not out_of_patience():
-            batch = partitioner.put_batch(next(batches)[1])
+            if profiled is not None:
+                profiled.before(step, waits_for=state.step)
+            local = next(batches)[1]
+            source_tokens += np.count_nonzero(local["encoder_input_tokens"]) * training.batch_size / len(rows)
+            batch = partitioner.put_batch(local)
             with partitioner.activation_rules():
                 state, metrics = step_fn(state, batch, dropout_key)
             pending.append(metrics)
@@ -367,6 +397,8 @@ def fit(
                 raise Preempted(f"{phase}: stopped at step {step}; everything is saved.")
         if not history:
             measure()
+        if profiled is not None:
+            profiled.stop(waits_for=state.step)
     finally:
         checkpoints.close()
     best_step, best_reward = best_of(history)

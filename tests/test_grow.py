@@ -29,6 +29,7 @@ from rest_jax.grow import (
 from rest_jax.models import t5
 from rest_jax.models.encoder_decoder import EncoderDecoderModel
 from rest_jax.partitioning import Partitioner, make_mesh
+from rest_jax.processes import Processes
 from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
 from rest_jax.rewards.base import Reward
@@ -117,6 +118,7 @@ def run_grow(
     partitioner, growing, default_program = compiled(mesh, keep_filter)
     program = program or default_program
     return grow(
+        processes=Processes(),
         directory=directory,
         growing=dataclasses.replace(growing, **changes),
         program=program,

@@ -320,9 +320,7 @@ def test_a_reward_learns_from_labelled_samples_of_a_policy_and_scores_in_grow(tm
     growing = Growing(sampling=dataclasses.replace(sampling, sources_per_chunk=8), filter=Threshold(-1.0))
     program = compile_grow(growing=growing, model=run.model, reward=run.reward, partitioner=partitioner, max_length=8)
     dataset = run.data.open("train")
-    batch = chunk_batch(
-        dataset, LengthGroup(indices=np.arange(8), padded_length=8), sources_per_chunk=8, target_length=8
-    )
+    batch = chunk_batch(dataset, LengthGroup(indices=np.arange(8), padded_length=8), rows=np.arange(8), target_length=8)
     reward_params = on_device(run.reward.init(BYTES))
     grown = program(policy, reward_params, partitioner.put_batch(batch), np.uint32(0), np.uint32(1))
     survivors, files = jax.device_get(grown["survivors"]), regressor.read(str(tmp_path / "reward"))

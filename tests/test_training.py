@@ -25,7 +25,16 @@ from rest_jax.objectives import bc
 from rest_jax.partitioning import Partitioner, make_mesh, standard_logical_axis_rules
 from rest_jax.reporting.metrics_writer import MetricsWriter, read_metrics
 from rest_jax.reporting.progress import ProgressLine
-from rest_jax.training import FitResult, Training, TrainState, compile_train_step, fit, initial_state, train_step
+from rest_jax.training import (
+    FitResult,
+    Training,
+    TrainState,
+    compile_train_step,
+    fit,
+    initial_state,
+    train_step,
+    training_flops,
+)
 
 VOCAB, LENGTH, ROWS = 64, 12, 16
 CONFIG = t5.T5Config(
@@ -142,6 +151,15 @@ def test_accumulated_gradients_are_the_whole_batchs(microbatches):
     tolerance = terms * np.finfo(np.float32).eps
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(a).max())
+
+
+def test_the_count_of_a_steps_arithmetic_is_xlas_for_the_products_with_weights():
+    # XLA also counts attention, normalisation and the loss, which weigh much in so small a model.
+    params, batch = make_params(), make_batch()
+    tokens = {side: float(batch[f"{side}_input_tokens"].size) for side in ("encoder", "decoder")}
+    counted = training_flops(params, source_tokens=tokens["encoder"], target_tokens=tokens["decoder"])
+    gradient = jax.jit(jax.grad(lambda p: MODEL.loss_fn(p, batch, None)[0])).lower(params).compile()
+    assert 0.5 < counted / gradient.cost_analysis()["flops"] < 1.0
 
 
 def test_accumulation_masks_each_slice_by_its_own_key():

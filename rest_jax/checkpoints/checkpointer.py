@@ -20,6 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 from rest_jax.checkpoints import formats, orbax_files, tensors
 from rest_jax.checkpoints.formats import STATE_ITEM, STEP_PREFIX, find_checkpoint
 from rest_jax.partitioning import Partitioner
+from rest_jax.processes import Processes
 
 __all__ = [
     "PhaseCheckpoints",
@@ -101,16 +102,24 @@ def step_directory(directory: Path, step: int) -> Path:
     return directory / f"{STEP_PREFIX}_{step}"
 
 
-def save_params(directory: Path, params: Tree, *, dtype: str | None = None) -> None:
-    """Writes parameters alone, cast to `dtype`: what `INITIAL_CHECKPOINT_PATH` takes. Replaces what stood there."""
+def save_params(directory: Path, params: Tree, *, dtype: str | None = None, processes: Processes | None = None) -> None:
+    """Writes parameters alone, cast to `dtype`: what `INITIAL_CHECKPOINT_PATH` takes. Replaces what stood there.
+
+    All `processes` of a run write their devices' parts together; None is one process.
+    """
+    processes = processes or Processes()
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
     partial = directory.with_name(f"{directory.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    if processes.lead:
+        shutil.rmtree(partial, ignore_errors=True)
+    processes.wait(f"{partial.name} deleted")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial.absolute() / STATE_ITEM, {"target": params})
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    if processes.lead:
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    processes.wait_for_file(directory)
 
 
 def load_params(path: str, *, abstract_params: Tree, partitioner: Partitioner) -> Tree:
@@ -144,13 +153,17 @@ def load_params(path: str, *, abstract_params: Tree, partitioner: Partitioner) -
 
 
 def put_params(tree: Tree, partitioner: Partitioner) -> Tree:
-    """Reads the tensors of `tree` that lie in files onto the mesh, in their own dtype; other leaves stay as they are.
+    """Reads the tensors of `tree` that lie in files onto the mesh, in their own dtype; other leaves go there whole.
 
     Each process reads its devices' parts. A tensor lies as a policy's parameter of that name does.
     """
     shardings = partitioner.param_shardings(tree)
     return jax.tree.map(
-        lambda leaf, sharding: _put(leaf, leaf.dtype, sharding) if isinstance(leaf, tensors.LazyTensor) else leaf,
+        lambda leaf, sharding: (
+            _put(leaf, leaf.dtype, sharding)
+            if isinstance(leaf, tensors.LazyTensor)
+            else partitioner.put_everywhere(leaf)
+        ),
         tree,
         shardings,
     )

@@ -26,6 +26,30 @@ def add_gin_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tfds_data_dir", help="where TFDS keeps its data sets; without it, $TFDS_DATA_DIR")
 
 
+def add_process_options(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group("several processes", "found by JAX on TPU VMs, GKE and Slurm; all three elsewhere")
+    group.add_argument("--coordinator_address", help="HOST:PORT of process 0, the same for all")
+    group.add_argument("--num_processes", type=int, help="how many there are")
+    group.add_argument("--process_id", type=int, help="which one this is, from 0")
+    group.add_argument(
+        "--barrier_seconds", type=float, default=600.0, help="how long the others wait for one before they give up"
+    )
+    sub.add_argument(
+        "--watchdog_seconds",
+        type=float,
+        help="no step, chunk or phase ended for so long: print all threads' stacks and exit with 1; must exceed what "
+        "the longest compilation takes; without it, never",
+    )
+    sub.add_argument(
+        "--profile_steps", metavar="FIRST:LAST", help="trace these training steps into MODEL_DIR/profile, e.g. 10:15"
+    )
+    sub.add_argument(
+        "--compilation_cache_dir",
+        help="where compiled programs are kept for the next start: a folder that all hosts share, or gs://; without "
+        "it, $JAX_COMPILATION_CACHE_DIR",
+    )
+
+
 def load_config(options: Any, *, fallbacks: dict[str, str] | None = None, also: Sequence[str] = ()) -> None:
     """Parses what `--gin_file` and `--model_dir` give, the files `also` of a command, and `--gin.NAME=value`."""
     from pathlib import Path

@@ -1,12 +1,12 @@
 """Commands that run phases of Algorithm 1: run, train, grow, improve, evaluate."""
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rest_jax.commands.options import AddCommand, add_gin_options, load_config
+from rest_jax.commands.options import AddCommand, add_gin_options, add_process_options, load_config
 from rest_jax.errors import UserError
-from rest_jax.preemption import stop_on_sigterm
 
 
 def register(add: AddCommand) -> None:
@@ -19,6 +19,7 @@ def register(add: AddCommand) -> None:
     ):
         sub = add(name, command, text)
         add_gin_options(sub)
+        add_process_options(sub)
         sub.add_argument("--dry_run", action="store_true", help="check everything, print the plan, write nothing")
         if name in ("grow", "improve"):
             example = "1" if name == "grow" else "1.2"
@@ -95,14 +96,32 @@ def _runner(options: Any) -> Iterator[Any]:
     """The checked run; None after a dry run, which has then said what there is to say. Nothing is written yet."""
     import dataclasses
 
-    from rest_jax import config, paths, plan, run_files
-    from rest_jax.data.parallel import UnreadData
-    from rest_jax.rest import ReST, Runner
+    import jax
 
-    load_config(options)
-    rest = config.build(ReST)
-    sha256 = rest.data.vocabulary.sha256
-    with stop_on_sigterm() as stop_requested:
+    from rest_jax import config, paths, plan, processes, run_files
+    from rest_jax.data.parallel import UnreadData
+    from rest_jax.preemption import stop_of_any, stop_on_sigterm
+    from rest_jax.profiling import ProfiledSteps
+    from rest_jax.rest import ReST, Runner
+    from rest_jax.watchdog import watchdog
+
+    if options.compilation_cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", options.compilation_cache_dir)
+    with contextlib.ExitStack() as stack:
+        together = stack.enter_context(
+            processes.joined(
+                coordinator_address=options.coordinator_address,
+                num_processes=options.num_processes,
+                process_id=options.process_id,
+                timeout=options.barrier_seconds,
+            )
+        )
+        stop_requested = stop_of_any() if together.count > 1 else stack.enter_context(stop_on_sigterm())
+        load_config(options)
+        rest = config.build(ReST)
+        sha256 = rest.data.vocabulary.sha256
+        together.check_same("the configuration", hashlib.sha256(config.given_text().encode()).hexdigest())
+        together.check_same("the sha256 of VOCABULARY", sha256)
         # Cheap checks first: the text is read only once the rest is known to be in order.
         unread = {field.name: getattr(rest.data, field.name) for field in dataclasses.fields(rest.data)}
         draft = Runner(dataclasses.replace(rest, data=UnreadData(**unread)))
@@ -110,13 +129,26 @@ def _runner(options: Any) -> Iterator[Any]:
         if rest.initial_checkpoint_path is not None:
             start = paths.resolve(rest.initial_checkpoint_path)
             run_files.check_same_vocabulary("INITIAL_CHECKPOINT_PATH", start, vocabulary_sha256=sha256)
-        rest.data.check()
+        # One process tokenises; the others find it in CACHE_DIR if they share that, and do the same if not.
+        with together.lead_first("data"):
+            rest.data.check()
+            if together.count > 1 and not options.dry_run:
+                sizes = {split: len(rest.data.open(split)) for split in rest.data.splits}
         text = plan.describe(draft)
         if options.dry_run:
-            print(text)
+            if together.lead:
+                print(text)
             yield None
-        else:
-            yield Runner(rest, stop_requested=stop_requested)
+            return
+        if together.count > 1:
+            together.check_same("the number of pairs in each split", str(sizes))
+            together.check_shared(draft.model_dir, "MODEL_DIR")
+            together.check_same("what --dry_run prints (devices, memory, finished phases)", text)
+        profiled = None
+        if options.profile_steps is not None:
+            profiled = ProfiledSteps.parse(options.profile_steps, draft.model_dir)
+        beat = stack.enter_context(watchdog(options.watchdog_seconds))
+        yield Runner(rest, stop_requested=stop_requested, processes=together, beat=beat, profiled=profiled)
 
 
 def _run_phases(options: Any, runner: Any, phases: Sequence[Any]) -> None:
@@ -128,7 +160,9 @@ def _run_phases(options: Any, runner: Any, phases: Sequence[Any]) -> None:
     _start(options, runner)
     runner.run(phases)
     if any(phase.kind == "evaluate" for phase in phases):
-        print(runner.finish())
+        table = runner.finish()
+        if runner.processes.lead:
+            print(table)
 
 
 def _check_ready(runner: Any, phase: Any) -> None:
@@ -142,12 +176,10 @@ def _check_ready(runner: Any, phase: Any) -> None:
 
 def _start(options: Any, runner: Any) -> None:
     """Writes config.gin, operative_config.gin, model-info.txt and run.json, and says what is about to be done."""
-    import jax
-
     from rest_jax import config, model_info, plan, run_files
 
     text = plan.describe(runner)
-    if jax.process_index() == 0:
+    if runner.processes.lead:
         print(text, flush=True)
         run_files.write_run_files(
             runner.model_dir,
@@ -173,6 +205,8 @@ def _evaluate_checkpoint(options: Any, runner: Any) -> None:
     _start(options, runner)
     directory, name = runner.model_dir / "eval" / "checkpoints", "-".join(found.absolute().parts[-2:])
     scores = runner.evaluator.evaluate(params, directory=directory, name=name)
+    if not runner.processes.lead:
+        return
     write_json(directory / f"{name}.json", {"checkpoint": str(found.absolute()), **scores})
     shown = " | ".join(f"{key} {scores[key]:.4f}" for key in ("reward", "bleu", "chrf", "ter"))
     print(f"{found}: {shown}\nFiles: {directory}/{name}.*")

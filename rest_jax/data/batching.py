@@ -132,12 +132,12 @@ class BatchPlan:
 
     Args:
       mixture: the examples.
-      batch_size: rows of the global batch; a multiple of `process_count`.
+      batch_size: rows of the global batch.
       source_length, target_length: columns. A longer sequence is cut, its final EOS kept.
       pack: several examples in a row, told apart by segment ids.
       seed: the run's data seed, at least 0.
       eos_id: the vocabulary's.
-      process_index, process_count: this process takes its contiguous share of the rows of every global batch.
+      rows: this process's share, rising: which rows of every global batch it makes; None for all.
     """
 
     def __init__(
@@ -150,8 +150,7 @@ class BatchPlan:
         pack: bool,
         seed: int,
         eos_id: int = EOS_ID,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: npt.NDArray[Any] | None = None,
     ) -> None:
         sizes = {"batch_size": batch_size, "source_length": source_length, "target_length": target_length}
         for name, value in sizes.items():
@@ -159,11 +158,6 @@ class BatchPlan:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if seed < 0:
             raise UserError(f"seed must be at least 0, got {seed}")
-        if batch_size % process_count:
-            raise UserError(
-                f"batch size {batch_size} does not divide over {process_count} processes; "
-                f"choose a multiple of {process_count}"
-            )
         self._mixture = mixture
         self._labelled = all(hasattr(part, "labels") for part in mixture.parts)
         self._batch_size = batch_size
@@ -171,8 +165,7 @@ class BatchPlan:
         self._pack = pack
         self._seed = seed
         self._eos_id = eos_id
-        rows = batch_size // process_count
-        self._rows = slice(process_index * rows, (process_index + 1) * rows)
+        self._rows = np.arange(batch_size) if rows is None else rows
         self._lock = threading.Lock()
         self._first_steps = [0]  # first step of epochs 0, 1, ...: as far as they are known
         self._epochs: OrderedDict[int, _EpochPlan] = OrderedDict()  # the two last used
@@ -185,8 +178,8 @@ class BatchPlan:
     def batch(self, step: int) -> Batch:
         """This process's rows of batch `step`, [rows, length] each; features as in T5X."""
         plan, rows = self._locate(step)
-        local = rows[self._rows.start : self._rows.stop]
-        return self._assemble(plan, local, num_rows=self._rows.stop - self._rows.start)
+        local = [rows[row] for row in self._rows if row < len(rows)]
+        return self._assemble(plan, local, num_rows=len(self._rows))
 
     def batch_example_ids(self, step: int) -> Int64Array:
         """Source ids of all examples in the global batch `step`, row after row."""
@@ -283,7 +276,7 @@ class BatchPlan:
             target[chosen] = part.target_lengths[indices[chosen]]
         return np.minimum(source, self._lengths[0]), np.minimum(target, self._lengths[1])
 
-    def _assemble(self, plan: _EpochPlan, rows: range, *, num_rows: int) -> Batch:
+    def _assemble(self, plan: _EpochPlan, rows: Sequence[int], *, num_rows: int) -> Batch:
         source_length, target_length = self._lengths
         row_of: list[int] = []
         inputs: list[Int32Array] = []

@@ -1,14 +1,16 @@
 """The scored-sample store of one Grow step: Arrow files that can be filtered again without any model.
 
-A Grow directory holds two files a chunk, where a chunk is what one call of the Grow program drew:
+A Grow directory holds two files a chunk and process, where a chunk is what one call of the Grow program drew, and each
+process writes what its own devices drew of it:
 
     part-{process:05d}-{chunk:05d}.arrow     one row a survivor: tokens of source and sample, log-probability, rewards
     sources-{process:05d}-{chunk:05d}.arrow  one row a source: the rewards of ALL its samples, and which are valid
     stats.json, DONE                         written last, once; DONE lists every file with its rows and content hash
 
-Each file is written to `*.tmp`, synced and renamed, the sources file last: a chunk is committed if and only if both
-files stand there and are whole. Rows and a SHA-256 of the columns stand in the schema's metadata, so a file vouches for
-itself. Tokens of rejected samples are never stored.
+Each file is written to `*.tmp`, synced and renamed, the sources file last: a chunk is committed if and only if the
+files of all its sources stand there and are whole, so a run may go on with another number of processes. Rows and a
+SHA-256 of the columns stand in the schema's metadata, so a file vouches for itself. Tokens of rejected samples are
+never stored.
 """
 
 import json
@@ -36,6 +38,7 @@ from rest_jax.data.store_files import (
     read_metadata,
     remedy,
     sample_count,
+    whole_chunks,
     write_batch,
     write_text,
 )
@@ -114,35 +117,25 @@ class StoreWriter:
         self._process_index = process_index
         self._directory.mkdir(parents=True, exist_ok=True)
 
-    def committed_chunks(self) -> set[int]:
-        """This process's chunks that need not be drawn again.
+    def committed_chunks(self, sources: Mapping[int, int]) -> set[int]:
+        """The chunks that need not be drawn again: those of which all sources are there, whoever wrote them.
 
-        Files of a half-written or damaged chunk are deleted, and DONE with them, which must not vouch for them.
+        Files of a half-written or damaged chunk are deleted, and DONE with them, which must not vouch for them. One
+        process calls it, before any writes.
+
+        Args:
+          sources: chunk -> how many sources it has, over all processes.
         """
-        prefix = f"{self._process_index:05d}-"
-        for path in self._directory.glob(f"*-{prefix}*.arrow.tmp"):
-            path.unlink()
-        chunks = {int(path.stem.split("-")[2]) for path in self._directory.glob(f"*-{prefix}*.arrow")}
-        committed = set()
-        for chunk in chunks:
-            paths = self._paths(chunk)
-            try:
-                for path in paths:
-                    read_batch(path)
-            except UserError:
-                for path in (self._directory / DONE_FILE, *paths):
-                    path.unlink(missing_ok=True)
-            else:
-                committed.add(chunk)
-        return committed
+        return whole_chunks(self._directory, sources)
 
     def write(self, chunk: int, rows: ChunkRows, sources: ChunkSources, statistics: Mapping[str, Any]) -> None:
         """Commits one chunk.
 
         Args:
-          chunk: its number among this process's chunks.
-          rows, sources: its survivors and its sources.
-          statistics: sums over all its samples, JSON or NumPy values, kept with it for `chunk_statistics`.
+          chunk: its number.
+          rows, sources: its survivors and its sources, of those that this process's devices drew; at least one source.
+          statistics: sums over all its samples, JSON or NumPy values, kept with it for `chunk_statistics`; empty from
+            all processes but one.
 
         Raises:
           ValueError: the store is finished, or the shapes of `rows` and `sources` do not agree.
@@ -157,8 +150,9 @@ class StoreWriter:
         write_batch(sources_path, source_batch)
 
     def chunk_statistics(self) -> list[dict[str, Any]]:
-        """The `statistics` of every committed chunk of every process, in order of (process, chunk)."""
-        return [read_metadata(path, _STATISTICS_KEY) for path in sorted(self._directory.glob("sources-*.arrow"))]
+        """The `statistics` of every committed chunk, in order."""
+        paths = sorted(self._directory.glob("sources-*.arrow"), key=lambda path: path.stem.split("-")[:0:-1])
+        return [found for path in paths if (found := read_metadata(path, _STATISTICS_KEY))]
 
     def finish(self, stats: Mapping[str, Any]) -> None:
         """Writes stats.json, then DONE. One process calls it, once all chunks of all processes are committed.

@@ -145,6 +145,38 @@ def matrix_column(column: pa.ListArray, num_samples: int) -> npt.NDArray[Any]:
     return np.asarray(column.values.to_numpy(zero_copy_only=False)).reshape(-1, num_samples)
 
 
+def whole_chunks(directory: Path, sources: Mapping[int, int]) -> set[int]:
+    """Chunks whose files are all there and whole; the files of others are deleted, and DONE with them.
+
+    Args:
+      directory: of the store.
+      sources: chunk -> how many sources it has, over all processes.
+    """
+    for path in directory.glob("*.arrow.tmp"):
+        path.unlink()
+    files: dict[int, set[str]] = {}
+    for path in directory.glob("*-*-*.arrow"):
+        _, process, chunk = path.stem.split("-")
+        files.setdefault(int(chunk), set()).add(process)
+    whole = set()
+    for number, processes in files.items():
+        pairs = [
+            [directory / f"{kind}-{process}-{number:05d}.arrow" for kind in ("part", "sources")]
+            for process in sorted(processes)
+        ]
+        try:
+            rows = [[read_batch(path).num_rows for path in pair] for pair in pairs]
+            complete = sum(num_sources for _, num_sources in rows) == sources.get(number)
+        except UserError:
+            complete = False
+        if complete:
+            whole.add(number)
+        else:
+            for path in (directory / DONE_FILE, *(path for pair in pairs for path in pair)):
+                path.unlink(missing_ok=True)
+    return whole
+
+
 def read_metadata(path: Path, key: bytes) -> dict[str, Any]:
     """A JSON object from an Arrow file's metadata; the file was checked when it was written or `read_batch` read it."""
     content: dict[str, Any] = json.loads(_open_file(path).schema.metadata[key])

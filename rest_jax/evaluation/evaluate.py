@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ class Evaluator:
         eval_set: TokenDataset,
         test_set: TokenDataset,
         seed: int,
+        beat: Callable[[], None] = lambda: None,
     ):
         self._model = model
         self._reward = reward
@@ -90,6 +91,7 @@ class Evaluator:
         self._eval_set = eval_set
         self._test_set = test_set
         self._seed = seed
+        self._beat = beat  # called at each sign of progress
         samplings = samplings_of(evaluation)
         self._sampling, self._selection = samplings["evaluate"], samplings["select"]
         self._translation = samplings["translate"]
@@ -129,8 +131,9 @@ class Evaluator:
             seed=self._seed,
             stream=EVALUATION_STREAM,
         ):
+            self._beat()
             real = len(group.indices)
-            reward, sample = jax.device_get((result["rewards"], result["samples"].tokens))
+            reward, sample = self._partitioner.fetch((result["rewards"], result["samples"].tokens))
             order.append(group.indices)
             rewards.append(reward[:real])
             tokens.append(sample[:real])
@@ -227,6 +230,9 @@ def translation_sampling(sampling: Sampling, *, beam_size: int, beam_alpha: floa
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """By process 0 alone; all have the rows."""
+    if jax.process_index() > 0:
+        return
     partial = path.with_name(f"{path.name}.tmp")
     with partial.open("w", encoding="utf-8") as file:
         for row in rows:

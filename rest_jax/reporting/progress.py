@@ -41,14 +41,23 @@ def format_line(
     total_steps: int,
     values: Mapping[str, float],
     tokens_per_second: float | None = None,
+    devices: int = 1,
+    utilisation: float | None = None,
     remaining_seconds: float | None = None,
 ) -> str:
-    """The progress line. `ETA -` stands until a rate without compilation is known."""
+    """The progress line. `ETA -` stands until a rate without compilation is known.
+
+    `utilisation` is the share of the devices' peak that went into the model's own arithmetic.
+    """
     share = 100.0 * step / total_steps if total_steps else 100.0
     parts = [prefix, f"step {step}/{total_steps} ({share:.1f}%)"]
     parts += [f"{name} {format_value(value)}" for name, value in values.items()]
     if tokens_per_second is not None:
         parts.append(f"{tokens_per_second:.0f} tok/s")
+        if devices > 1:
+            parts.append(f"{tokens_per_second / devices:.0f} tok/s/device")
+    if utilisation is not None:
+        parts.append(f"MFU {100 * utilisation:.1f}%")
     parts.append("ETA -" if remaining_seconds is None else f"ETA {format_duration(remaining_seconds)}")
     return " | ".join(part for part in parts if part)
 
@@ -92,6 +101,8 @@ class ProgressLine:
       total_steps: steps of the phase; `start` can set it later.
       stream: where to print, standard output by default. The bar is drawn only where this is a terminal.
       enabled: False on all processes but the first.
+      devices: of all processes.
+      peak_flops: FLOP/s of all devices together; None where it is not known.
       clock: seconds, increasing.
     """
 
@@ -102,8 +113,11 @@ class ProgressLine:
         *,
         stream: TextIO | None = None,
         enabled: bool = True,
+        devices: int = 1,
+        peak_flops: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._devices, self._peak_flops = devices, peak_flops
         self._prefix = prefix
         self._total = total_steps
         self._stream = sys.stdout if stream is None else stream
@@ -130,12 +144,13 @@ class ProgressLine:
         """`update` for a caller that counts steps rather than numbering them."""
         self.update(self._step + steps, tokens=tokens, **values)
 
-    def update(self, step: int, *, tokens: int | None = None, **values: float) -> None:
+    def update(self, step: int, *, tokens: int | None = None, flops: float | None = None, **values: float) -> None:
         """Prints the line for `step`.
 
         Args:
           step: steps done.
           tokens: target tokens since the previous report.
+          flops: the model's arithmetic since the previous report, of all devices.
           **values: shown by name, in this order.
         """
         seconds = self._chrono.seconds()
@@ -157,6 +172,10 @@ class ProgressLine:
                 total_steps=self._total,
                 values=values,
                 tokens_per_second=None if tokens is None else tokens / since_report,
+                devices=self._devices,
+                utilisation=None
+                if flops is None or self._peak_flops is None
+                else flops / since_report / self._peak_flops,
                 remaining_seconds=remaining,
             )
         )

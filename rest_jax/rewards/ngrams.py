@@ -20,11 +20,12 @@ a word, the bits of S_n[j] at ends of words are the occurrences of an n-gram of 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rest_jax.rewards import characters
 
 _WORD_BITS = 32
-_ALL = jnp.uint32(0xFFFFFFFF)
+_ALL = np.uint32(0xFFFFFFFF)
 # Reference characters per turn of the loop.
 _BLOCK = 32
 MAX_CHARACTER_ORDER = _WORD_BITS // 2

@@ -184,6 +184,8 @@ def device_bytes(device: Any) -> int:
     if device.platform == "tpu" and chip is not None:
         # From the table: other hosts' devices tell nothing, nor do those of a topology that is compiled for.
         return int(chip.hbm_bytes * _TPU_USABLE)
+    if device.process_index != jax.process_index():
+        device = jax.local_devices()[0]  # another host's tells nothing; all hosts' are alike
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])

@@ -226,13 +226,16 @@ def chunks(
 
 
 def chunk_batch(
-    dataset: TokenDataset, group: LengthGroup, *, sources_per_chunk: int, target_length: int
+    dataset: TokenDataset, group: LengthGroup, *, rows: npt.NDArray[np.int64], target_length: int
 ) -> dict[str, np.ndarray]:
-    """The program's input for one group, `[sources_per_chunk, ...]`, fillers at the end."""
-    inputs = np.zeros((sources_per_chunk, group.padded_length), np.int32)
-    references = np.zeros((sources_per_chunk, target_length), np.int32)
-    source_ids = np.zeros(sources_per_chunk, np.uint32)
-    for row, index in enumerate(group.indices):
+    """The program's input for one group, `[len(rows), ...]`, fillers at the end.
+
+    `rows` are those of the chunk that this process's devices hold, rising.
+    """
+    inputs = np.zeros((len(rows), group.padded_length), np.int32)
+    references = np.zeros((len(rows), target_length), np.int32)
+    source_ids = np.zeros(len(rows), np.uint32)
+    for row, index in enumerate(group.indices[rows[rows < len(group.indices)]]):
         source, reference = dataset.inputs(int(index)), dataset.targets(int(index))
         inputs[row, : len(source)] = source[: group.padded_length]
         references[row, : len(reference)] = reference[:target_length]
@@ -257,9 +260,10 @@ def run_chunks(
 
     Yields each group with its results, still on the device. A reader that stops early loses at most one chunk's work.
     """
+    rows = partitioner.local_rows(sampling.sources_per_chunk)
     waiting: tuple[int, LengthGroup, dict[str, Any]] | None = None
     for number, group in groups:
-        batch = chunk_batch(dataset, group, sources_per_chunk=sampling.sources_per_chunk, target_length=target_length)
+        batch = chunk_batch(dataset, group, rows=rows, target_length=target_length)
         result = program(params, reward_params, partitioner.put_batch(batch), np.uint32(seed), np.uint32(stream))
         if waiting is not None:
             yield waiting

@@ -17,8 +17,9 @@ from rest_jax.errors import UserError
 
 NUM_SAMPLES = 4
 GROW_THRESHOLD = 0.3
-# Two processes, three chunks; ids neither dense nor in order, as a shuffled or subsampled corpus has them.
+# Two processes' parts of two chunks; ids neither dense nor in order, as a shuffled or subsampled corpus has them.
 CHUNKS = {(0, 0): [7, 2, 11], (0, 1): [5, 30], (1, 0): [3, 4, 1]}
+SOURCES = {0: 6, 1: 2}
 
 
 def sample(source_id: int, sample_id: int) -> tuple[float, list[int]]:
@@ -171,7 +172,7 @@ def test_a_chunk_without_survivors(tmp_path: Path) -> None:
     writer.write(0, *chunk([1, 2], grow_threshold=1.0), {})
     writer.write(1, *chunk([3, 4]), {})
     writer.write(2, *chunk([5], grow_threshold=1.0), {})
-    assert writer.committed_chunks() == {0, 1, 2}
+    assert writer.committed_chunks({0: 2, 1: 2, 2: 1}) == {0, 1, 2}
     writer.finish({})
     store = ScoredStore.open(tmp_path / "g")
     rows = store.select(store.stored)
@@ -198,18 +199,20 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(tmp_path: Path) -> None
     # Killed between the two renames of chunk 1, and while the next process wrote.
     (stopped / "sources-00000-00001.arrow").unlink()
     (stopped / "part-00001-00000.arrow.tmp").write_bytes(b"ARROW1")
-    assert StoreWriter(stopped, process_index=0).committed_chunks() == {0}
-    assert not (stopped / "part-00000-00001.arrow").exists()
-    assert StoreWriter(stopped, process_index=1).committed_chunks() == set()
-    write_store(stopped, chunks={key: ids for key, ids in CHUNKS.items() if key != (0, 0)})
+    # Of chunk 0 the part of process 1 is missing.
+    assert StoreWriter(stopped, process_index=0).committed_chunks(SOURCES) == set()
+    assert os.listdir(stopped) == []
+    write_store(stopped, chunks={key: ids for key, ids in CHUNKS.items() if key != (1, 0)}, done=False)
+    write_store(stopped, chunks={(1, 0): CHUNKS[1, 0]})
     assert files(stopped) == whole
 
 
-def test_one_process_leaves_the_files_of_another(tmp_path: Path) -> None:
+def test_a_chunk_is_whole_whoever_wrote_it_and_drawn_again_if_a_part_is_missing(tmp_path: Path) -> None:
     write_store(tmp_path / "g", done=False)
+    assert StoreWriter(tmp_path / "g", process_index=3).committed_chunks(SOURCES) == {0, 1}
     (tmp_path / "g" / "sources-00001-00000.arrow").unlink()
-    assert StoreWriter(tmp_path / "g", process_index=0).committed_chunks() == {0, 1}
-    assert (tmp_path / "g" / "part-00001-00000.arrow").exists()
+    assert StoreWriter(tmp_path / "g", process_index=3).committed_chunks(SOURCES) == {1}
+    assert sorted(os.listdir(tmp_path / "g")) == ["part-00000-00001.arrow", "sources-00000-00001.arrow"]
 
 
 @pytest.mark.parametrize("name", ["part-00000-00001.arrow", "sources-00000-00001.arrow"])
@@ -220,7 +223,7 @@ def test_a_damaged_chunk_is_named_and_drawn_again(tmp_path: Path, name: str, kin
     with pytest.raises(UserError, match=rf"{name}.*(truncated|damaged).*delete"):
         ScoredStore.open(tmp_path / "g").select(np.zeros((8, NUM_SAMPLES)))
     writer = StoreWriter(tmp_path / "g", process_index=0)
-    assert writer.committed_chunks() == {0}
+    assert writer.committed_chunks(SOURCES) == {0}
     with pytest.raises(UserError, match="not finished"):
         ScoredStore.open(tmp_path / "g")
     writer.write(1, *chunk(CHUNKS[0, 1]), statistics(CHUNKS[0, 1]))
@@ -345,7 +348,8 @@ def test_another_reward_is_refused(tmp_path: Path) -> None:
 def test_statistics_of_chunks_outlive_the_process(tmp_path: Path) -> None:
     write_store(tmp_path / "g", done=False)
     assert StoreWriter(tmp_path / "g", process_index=0).chunk_statistics() == [
-        {"count": 4 * len(ids), "reward_sum": float(np.float32(0.1)), "histogram": ids} for ids in CHUNKS.values()
+        {"count": 4 * len(ids), "reward_sum": float(np.float32(0.1)), "histogram": ids}
+        for ids in (CHUNKS[0, 0], CHUNKS[1, 0], CHUNKS[0, 1])
     ]
 
 
@@ -355,7 +359,7 @@ def test_changed_statistics_are_damage(tmp_path: Path) -> None:
     path.unlink()
     # Arrow keeps the schema twice: at the front, and in the footer, which is what readers use.
     path.write_bytes(content.replace(b'"count": 8', b'"count": 9'))
-    assert StoreWriter(tmp_path / "g", process_index=0).committed_chunks() == {0}
+    assert StoreWriter(tmp_path / "g", process_index=0).committed_chunks(SOURCES) == {0}
 
 
 def test_a_finished_store_takes_no_more(tmp_path: Path) -> None:

@@ -49,6 +49,17 @@ def test_the_line():
     assert line == "grow 1/2 | improve 2/3 | step 400/2000 (20.0%) | loss 2.136 | 7138 tok/s | ETA 12m03s"
 
 
+def test_the_line_says_what_of_the_devices_is_used(clock):
+    stream = io.StringIO()
+    line = ProgressLine("bc", 100, stream=stream, devices=8, peak_flops=8e12, clock=clock)
+    clock.now += 2
+    line.update(10, tokens=8000, flops=4e12)
+    assert stream.getvalue() == "bc | step 10/100 (10.0%) | 4000 tok/s | 500 tok/s/device | MFU 25.0% | ETA -\n"
+    unknown = ProgressLine("bc", 100, stream=stream, clock=clock)
+    unknown.update(10, tokens=8000, flops=4e12)
+    assert "MFU" not in stream.getvalue().splitlines()[1]
+
+
 def test_a_chrono_leaves_out_nested_pauses(clock):
     chrono = Chrono(clock=clock)
     clock.now += 2

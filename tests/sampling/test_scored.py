@@ -68,7 +68,7 @@ def test_chunks_cover_each_chosen_source_once(dataset, data):
 def test_batches_hold_sources_references_and_fillers(dataset):
     groups = chunks(dataset, indices=np.arange(30), sampling=SAMPLING, max_source_length=16)
     for group in groups:
-        batch = chunk_batch(dataset, group, sources_per_chunk=4, target_length=5)
+        batch = chunk_batch(dataset, group, rows=np.arange(4), target_length=5)
         assert batch["encoder_input_tokens"].shape == (4, group.padded_length)
         assert batch["references"].shape == (4, 5)
         for row, index in enumerate(group.indices):
