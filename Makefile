@@ -1,12 +1,13 @@
 # make smoke   ReST on the parallel text in the repository: a table, a report, about seven minutes after the installation
-# make test    all tests, the slow ones too
+# make test    the tests that a change should pass before it is shown
+# make test_slow  the others: runs that are killed and resumed, four processes, ten thousand pairs
 # make lint    formatting, lint, types
 # Each makes .venv first (Python 3.11 or newer and a network are all it needs); a second run uses it again.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: smoke test lint install clean
+.PHONY: test_slow smoke test lint install clean
 
 # The first interpreter that is new enough; `make PYTHON=...` names another.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
@@ -39,7 +40,10 @@ smoke: $(INSTALLED)
 
 # Whole files go to one process, so that a file's compiled programs and fixtures are made once.
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m '' -n $(TEST_PROCESSES) --dist loadfile
+	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+
+test_slow: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff format --check .

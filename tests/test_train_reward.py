@@ -284,6 +284,7 @@ class Shortness(Reward):
         return {self.name: jnp.mean(batch["samples"] == 0, axis=-1, dtype=jnp.float32)}
 
 
+@pytest.mark.slow
 def test_a_reward_learns_from_labelled_samples_of_a_policy_and_scores_in_grow(tmp_path):
     rows = [
         TokenRow([*BYTES.encode(text), 1], [*BYTES.encode(text), 1], text, text) for text in map(str, range(900, 940))

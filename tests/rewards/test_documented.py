@@ -60,7 +60,13 @@ def test_the_own_reward_is_a_part_like_any_other(tmp_path, monkeypatch):
     assert found["total"] == pytest.approx(0.9 * found["chrf"], abs=1e-6) and found["chrf"] > 0
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "gin" / "rewards").glob("*.gin")))
+# Learned rewards need files of weights; their own tests read their gin files.
+LEARNED = re.compile("metricx|embeddings|regressor")
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.name for path in (ROOT / "gin" / "rewards").glob("*.gin") if not LEARNED.match(path.name))
+)
 def test_shipped_rewards_fit_into_a_run(name):
     config.load(gin_files=["runs/smoke.gin", f"rewards/{name}"], bindings=[PLACE])
     reward = config.build(ReST).reward
