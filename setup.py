@@ -10,6 +10,8 @@ SEQIO = [
     "tensorflow-datasets>=4.9.9",
 ]
 
+EMBEDDINGS = ["tokenizers>=0.22"]
+
 setup(
     name="rest_jax",
     version="0.1.0",
@@ -42,6 +44,8 @@ setup(
         "orbax-checkpoint>=0.11.33",
         "pyarrow>=21",
         "sacrebleu>=2.6",
+        # Rank correlations, with ties, in n log n. JAX needs it too, from this version on.
+        "scipy>=1.14",
         "sentencepiece>=0.2.1",
         "tensorboardX>=2.6.4",
         "tensorstore>=0.1.78",
@@ -50,6 +54,8 @@ setup(
         "seqio": SEQIO,
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
-        "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools>=77"],
+        # Reads the tokenizer.json of a model2vec model: rewards.embeddings alone needs it.
+        "embeddings": EMBEDDINGS,
+        "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools>=77", *EMBEDDINGS],
     },
 )

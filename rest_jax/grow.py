@@ -80,12 +80,6 @@ def grow_chunk(
     """
     scored = sample_and_score(params, reward_params, batch, seed, stream, reward=reward, **sample_and_score_kwargs)
     samples, rewards, real = scored["samples"], scored["rewards"], scored["real"]
-    # In the place of scored["reference_rewards"], which has no components; XLA leaves out what nobody reads.
-    references = batch["references"]
-    reference_components = reward.score(
-        reward_params,
-        {"samples": references[:, None], "references": references, "sources": batch["encoder_input_tokens"]},
-    )
     first = distinct(samples.tokens) & real[:, None]
     valid = first
     if growing.refuse_unfinished:
@@ -114,9 +108,9 @@ def grow_chunk(
         "sources": {
             "rewards": rewards,
             "valid": valid,
-            "reference_rewards": reward.combine(reference_components)[:, 0],
+            "reference_rewards": scored["reference_rewards"],
             "components": scored["components"],
-            "reference_components": {name: value[:, 0] for name, value in reference_components.items()},
+            "reference_components": {name: value[:, 0] for name, value in scored["reference_components"].items()},
         },
         "statistics": chunk_statistics(samples=samples, rewards=rewards, real=real, first=first, valid=valid)
         | guard_statistics(scored["components"], real=real),
@@ -194,7 +188,15 @@ def guard_statistics(components: Mapping[str, jax.Array], *, real: jax.Array) ->
     }
 
 
-def compile_grow(*, growing: Growing, model: Any, reward: Reward, partitioner: Partitioner, max_length: int) -> Program:
+def compile_grow(
+    *,
+    growing: Growing,
+    model: Any,
+    reward: Reward,
+    partitioner: Partitioner,
+    max_length: int,
+    reward_bytes: int = 0,
+) -> Program:
     """`grow_chunk` under jit, sources over the mesh's data axes."""
     partitioner.check_batch_divisible(growing.sampling.sources_per_chunk, "Sampling.sources_per_chunk")
     return jax.jit(
@@ -207,6 +209,7 @@ def compile_grow(*, growing: Growing, model: Any, reward: Reward, partitioner: P
             sampling=growing.sampling,
             max_length=max_length,
             mesh=partitioner.mesh,
+            reward_bytes=reward_bytes,
         )
     )
 

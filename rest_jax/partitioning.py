@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -202,6 +203,24 @@ class Partitioner:
 
     def _mesh_text(self) -> str:
         return ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())
+
+
+def trace_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """While a part of a program is traced in here, it knows its mesh (`num_trace_shards`, `over_batch_axes`)."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def num_trace_shards() -> int:
+    """Into how many parts the batch axis is split on the mesh of the trace; 1 without a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in BATCH_AXES)
+
+
+def over_batch_axes(rows: jax.Array, *, axis: int = 0) -> jax.Array:
+    """`rows` with one axis split over the batch axes of the mesh of the trace."""
+    if num_trace_shards() == 1:
+        return rows
+    return jax.lax.with_sharding_constraint(rows, PartitionSpec(*(None,) * axis, BATCH_AXES))
 
 
 def param_logical_axes(path: str, *, rank: int | None = None) -> tuple[str, ...] | None:

@@ -43,6 +43,7 @@ def describe(runner: Runner) -> str:
                 beam_size=sampling.beam_size,
                 cache_dtype=sampling.cache_dtype,
                 mesh=config.partitioner.mesh,
+                reward_bytes=runner.reward_bytes,
             )
             lines.append(f"sampling    {name}: {plan}")
     done = [phase for phase in runner.phases if runner.result(phase.name) is not None]

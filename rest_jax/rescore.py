@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from rest_jax.checkpoints import checkpointer
 from rest_jax.data.store import ChunkRows, ChunkSources, ScoredStore, StoreRows, StoreWriter
 from rest_jax.data.token_dataset import TokenDataset
 from rest_jax.errors import UserError
+from rest_jax.partitioning import trace_mesh
 from rest_jax.rest import ReST
 from rest_jax.rewards.base import Reward, RewardBatch, check_reward, leaves
 from rest_jax.rewards.guards import GUARD_PREFIX
@@ -118,17 +120,20 @@ def _score(config: ReST, new: Mapping[str, Reward], store: ScoredStore) -> tuple
     dataset = data.open(data.train_split)
     rows = store.select(store.stored)
     indices = _indices(dataset, store, rows)
-    params = {name: leaf.init(data.vocabulary) for name, leaf in new.items()}
+    params = {
+        name: checkpointer.put_params(leaf.init(data.vocabulary), config.partitioner) for name, leaf in new.items()
+    }
 
     @jax.jit
     def program(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
         def score(samples: jax.Array) -> dict[str, jax.Array]:
             seen = RewardBatch(samples=samples, references=batch["references"], sources=batch["encoder_input_tokens"])
-            return {
-                component: values
-                for name, leaf in new.items()
-                for component, values in leaf.score(params[name], seen).items()
-            }
+            with trace_mesh(config.partitioner.mesh):
+                return {
+                    component: values
+                    for name, leaf in new.items()
+                    for component, values in leaf.score(params[name], seen).items()
+                }
 
         return score(batch["samples"]), score(batch["references"][:, None])
 

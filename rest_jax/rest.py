@@ -12,6 +12,7 @@ skips what is finished, and a run that was never stopped takes the same path.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -38,7 +39,7 @@ from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
 from rest_jax.reporting.report import write_report
 from rest_jax.reporting.table import format_table
-from rest_jax.rewards.base import Reward, check_comparable, check_reward, leaves
+from rest_jax.rewards.base import Reward, RewardParams, check_comparable, check_reward, leaves
 from rest_jax.summary import summarise
 
 Params = Any
@@ -191,19 +192,9 @@ class Runner:
 
         data = config.data
         self.train_set = data.open(data.train_split)
-        eval_set, test_set = data.open(data.eval_split), data.open(data.test_split)
-        self.reward_params = config.reward.init(data.vocabulary)
-        self.evaluator = Evaluator(
-            evaluation=config.evaluation,
-            model=config.model,
-            reward=config.reward,
-            reward_params=self.reward_params,
-            partitioner=config.partitioner,
-            lengths=data.lengths,
-            eval_set=eval_set,
-            test_set=test_set,
-            seed=config.seed,
-        )
+        self._eval_set, self._test_set = data.open(data.eval_split), data.open(data.test_split)
+        self._reward_files = config.reward.init(data.vocabulary)
+        self.reward_bytes = checkpointer.bytes_on_device(self._reward_files, config.partitioner)
         self.phases = algorithm_1(
             grow_steps=config.grow_steps,
             improve_steps=config.improve_steps,
@@ -212,6 +203,27 @@ class Runner:
         )
         self._grow_program: Any = None
         self._writer = MetricsWriter(self.model_dir, enabled=jax.process_index() == 0)
+
+    @functools.cached_property
+    def reward_params(self) -> RewardParams:
+        """The reward's, on the mesh; read when they are first asked for."""
+        return checkpointer.put_params(self._reward_files, self.config.partitioner)
+
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        config = self.config
+        return Evaluator(
+            evaluation=config.evaluation,
+            model=config.model,
+            reward=config.reward,
+            reward_params=self.reward_params,
+            reward_bytes=self.reward_bytes,
+            partitioner=config.partitioner,
+            lengths=config.data.lengths,
+            eval_set=self._eval_set,
+            test_set=self._test_set,
+            seed=config.seed,
+        )
 
     def run(self, phases: Iterable[Phase] | None = None) -> None:
         """Runs phases in order, all of Algorithm 1 by default; finished ones are skipped."""
@@ -307,6 +319,7 @@ class Runner:
                 reward=config.reward,
                 partitioner=config.partitioner,
                 max_length=config.data.lengths["targets"],
+                reward_bytes=self.reward_bytes,
             )
         statistics = grow_lib.grow(
             directory=phase_directory(self.model_dir, phase.name),

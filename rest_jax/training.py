@@ -243,6 +243,7 @@ def fit(
     metrics_writer: MetricsWriter,
     phase: str,
     stop_requested: Callable[[], bool],
+    measured: tuple[str, str] = ("reward", "mean reward on D_eval"),
 ) -> FitResult:
     """Trains from `initial_params` and keeps the checkpoint with the best mean reward on D_eval.
 
@@ -263,6 +264,7 @@ def fit(
       seed: of data order and dropout.
       progress, metrics_writer, phase: where to report, under which name.
       stop_requested: True after SIGTERM.
+      measured: name in the metrics, and in words, of what `mean_reward` gives; the reward model's is another.
 
     Raises:
       Preempted: after saving, when `stop_requested`.
@@ -307,9 +309,9 @@ def fit(
             reward = mean_reward(state.params) if known is None else known
             history.append((step, reward))
             # Before the checkpoint: a run killed between the two writes this line again, rather than never.
-            metrics_writer.write(phase=phase, step=step, scalars={"eval/reward": reward})
+            metrics_writer.write(phase=phase, step=step, scalars={f"eval/{measured[0]}": reward})
             save()
-        progress.log_event(f"step {step} | mean reward on D_eval {reward:.4f}")
+        progress.log_event(f"step {step} | {measured[1]} {reward:.4f}")
 
     def flush() -> None:
         nonlocal tokens
@@ -328,14 +330,13 @@ def fit(
             return
         total = {key: float(sum(values[key] for values in fetched)) for key in fetched[0]}
         weight = max(total["weight_sum"], 1.0)
-        tokens += int(total["weight_sum"])
-        scalars = {
-            "loss": total["loss"] / weight,
-            "cross_entropy": total["cross_entropy"] / weight,
-            "accuracy": total["correct"] / weight,
-            "grad_norm": total["grad_norm"] / len(fetched),
-        }
-        progress.update(step, tokens=int(total["weight_sum"]), loss=scalars["loss"])
+        # Of an objective that reads no target token, the encoder's.
+        new_tokens = int(total.get("tokens", total["weight_sum"]))
+        tokens += new_tokens
+        names = {"loss": "loss", "cross_entropy": "cross_entropy", "correct": "accuracy"}  # what an objective has
+        scalars = {name: total[key] / weight for key, name in names.items() if key in total}
+        scalars["grad_norm"] = total["grad_norm"] / len(fetched)
+        progress.update(step, tokens=new_tokens, loss=scalars["loss"])
         metrics_writer.write(phase=phase, step=step, scalars=scalars)
 
     def out_of_patience() -> bool:

@@ -4,6 +4,7 @@ A step is a directory `checkpoint_N/` with T5X's tree under `state/`: `{'target'
 'param_states'}}`. A policy without optimiser state is the same tree with `target` alone, so both are read the same way.
 """
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,15 @@ from rest_jax.checkpoints import formats, orbax_files, tensors
 from rest_jax.checkpoints.formats import STATE_ITEM, STEP_PREFIX, find_checkpoint
 from rest_jax.partitioning import Partitioner
 
-__all__ = ["PhaseCheckpoints", "check_fits", "find_checkpoint", "load_params", "save_params", "step_directory"]
+__all__ = [
+    "PhaseCheckpoints",
+    "check_fits",
+    "find_checkpoint",
+    "load_params",
+    "put_params",
+    "save_params",
+    "step_directory",
+]
 
 Tree = Any
 FIELD = "INITIAL_CHECKPOINT_PATH"
@@ -131,6 +140,31 @@ def load_params(path: str, *, abstract_params: Tree, partitioner: Partitioner) -
             name: _put(leaves[name], leaf.dtype, flat_shardings[name])
             for name, leaf in tensors.flatten(abstract_params).items()
         }
+    )
+
+
+def put_params(tree: Tree, partitioner: Partitioner) -> Tree:
+    """Reads the tensors of `tree` that lie in files onto the mesh, in their own dtype; other leaves stay as they are.
+
+    Each process reads its devices' parts. A tensor lies as a policy's parameter of that name does.
+    """
+    shardings = partitioner.param_shardings(tree)
+    return jax.tree.map(
+        lambda leaf, sharding: _put(leaf, leaf.dtype, sharding) if isinstance(leaf, tensors.LazyTensor) else leaf,
+        tree,
+        shardings,
+    )
+
+
+def bytes_on_device(tree: Tree, partitioner: Partitioner) -> int:
+    """Of one device's memory, that `put_params(tree, partitioner)` takes. Other leaves are on each device whole."""
+    shardings = jax.tree.leaves(partitioner.param_shardings(tree))
+    shapes = (
+        sharding.shard_shape(leaf.shape) if isinstance(leaf, tensors.LazyTensor) else leaf.shape
+        for leaf, sharding in zip(jax.tree.leaves(tree), shardings, strict=True)
+    )
+    return sum(
+        math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(shapes, jax.tree.leaves(tree), strict=True)
     )
 
 

@@ -57,6 +57,23 @@ def transposed(tensor: LazyTensor) -> LazyTensor:
     return LazyTensor(tensor.shape[::-1], tensor.dtype, lambda index: tensor.read_slice(index[::-1]).T)
 
 
+def with_dtype(tensor: LazyTensor, dtype: npt.DTypeLike) -> LazyTensor:
+    """Cast as it is read."""
+    wanted = np.dtype(dtype)
+    return LazyTensor(tensor.shape, wanted, lambda index: tensor.read_slice(index).astype(wanted))
+
+
+def column(tensor: LazyTensor, number: int) -> LazyTensor:
+    """[a, b] -> [a, 1]; nothing else is read."""
+    if not 0 <= number < tensor.shape[1]:
+        raise IndexError(f"column {number} of {tensor.shape[1]}")
+
+    def read(index: Index) -> npt.NDArray[Any]:
+        return tensor.read_slice((index[0], slice(number, number + 1)))[:, index[1]]
+
+    return LazyTensor((tensor.shape[0], 1), tensor.dtype, read)
+
+
 def flat_shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
     """Name -> shape of a tree of nested mappings whose leaves have a `shape`."""
     return {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}

@@ -47,9 +47,16 @@ class Examples(Protocol):
     def targets(self, index: int, /) -> Int32Array: ...
 
 
+class LabelledExamples(Examples, Protocol):
+    """Examples with a number each, which batches have at each of its target tokens: `decoder_target_labels`."""
+
+    @property
+    def labels(self) -> npt.NDArray[np.float32]: ...
+
+
 @dataclass(frozen=True)
 class MixtureSpec:
-    """What one epoch holds: `examples_per_epoch[p]` examples of `parts[p]`.
+    """What one epoch holds: `examples_per_epoch[p]` examples of `parts[p]`, labelled all or none.
 
     A part is walked in a random order, keyed by (seed, part), without repeating an example until all have been seen,
     then in a new order; an epoch takes up where the one before stopped.
@@ -143,6 +150,7 @@ class BatchPlan:
                 f"choose a multiple of {process_count}"
             )
         self._mixture = mixture
+        self._labelled = all(hasattr(part, "labels") for part in mixture.parts)
         self._batch_size = batch_size
         self._lengths = (source_length, target_length)
         self._pack = pack
@@ -265,6 +273,7 @@ class BatchPlan:
         row_of: list[int] = []
         inputs: list[Int32Array] = []
         targets: list[Int32Array] = []
+        labels: list[npt.NDArray[np.float32]] = []
         for number, row in enumerate(rows):
             for k in range(plan.row_starts[row], plan.row_starts[row + 1]):
                 examples, index = (
@@ -273,6 +282,8 @@ class BatchPlan:
                 )
                 inputs.append(_cut(examples.inputs(index), source_length, eos_id=self._eos_id))
                 targets.append(_cut(examples.targets(index), target_length, eos_id=self._eos_id))
+                if self._labelled:
+                    labels.append(np.full(len(targets[-1]), examples.labels[index], np.float32))
                 row_of.append(number)
         encoder = _Scatter.build(inputs, row_of, shape=(num_rows, source_length))
         decoder = _Scatter.build(targets, row_of, shape=(num_rows, target_length))
@@ -284,6 +295,8 @@ class BatchPlan:
             "decoder_target_tokens": decoder.fill(decoder.tokens),
             "decoder_loss_weights": decoder.fill(np.ones_like(decoder.tokens)).astype(np.float32),
         }
+        if self._labelled:
+            batch["decoder_target_labels"] = decoder.fill(np.concatenate([np.zeros(0, np.float32), *labels]))
         if self._pack:
             batch["encoder_segment_ids"] = encoder.fill(encoder.segments)
             batch["encoder_positions"] = encoder.fill(encoder.positions)
@@ -337,9 +350,9 @@ class _Scatter:
             shape=shape,
         )
 
-    def fill(self, values: Int32Array) -> Int32Array:
-        """[total tokens] -> [rows, length], 0 elsewhere."""
-        flat = np.zeros(self.shape[0] * self.shape[1], np.int32)
+    def fill(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """[total tokens] -> [rows, length] of the same type, 0 elsewhere."""
+        flat = np.zeros(self.shape[0] * self.shape[1], values.dtype)
         flat[self.places] = values
         return flat.reshape(self.shape)
 

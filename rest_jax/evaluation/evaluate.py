@@ -75,6 +75,7 @@ class Evaluator:
         model: Any,
         reward: Reward,
         reward_params: Any,
+        reward_bytes: int = 0,
         partitioner: Partitioner,
         lengths: Mapping[str, int],
         eval_set: TokenDataset,
@@ -84,6 +85,7 @@ class Evaluator:
         self._model = model
         self._reward = reward
         self._reward_params = reward_params
+        self._reward_bytes = reward_bytes
         self._partitioner = partitioner
         self._lengths = lengths
         self._eval_set = eval_set
@@ -110,6 +112,7 @@ class Evaluator:
                     sampling=sampling,
                     max_length=self._lengths["targets"],
                     mesh=self._partitioner.mesh,
+                    reward_bytes=self._reward_bytes,
                 )
             )
         return self._programs[sampling]

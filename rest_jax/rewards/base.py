@@ -47,6 +47,8 @@ class RewardVocabulary(Protocol):
 
     def is_unknown(self, token: int) -> bool: ...
 
+    def encode(self, text: str) -> list[int]: ...
+
     def decode(self, tokens: Iterable[int]) -> str: ...
 
 
@@ -86,7 +88,10 @@ class Reward(Protocol):
         return ()
 
     def init(self, vocabulary: RewardVocabulary) -> RewardParams:
-        """Arrays that `score` needs (tables, weights), passed to the jitted program as an argument."""
+        """Arrays that `score` needs (tables, weights), passed to the jitted program as an argument.
+
+        Large ones as `checkpoints.tensors.LazyTensor`: the run reads them onto its mesh (`checkpointer.put_params`).
+        """
 
     def score(self, params: RewardParams, batch: RewardBatch) -> dict[str, jax.Array]:
         """Components by name, float32 `[batch, num_samples]`. Pure and jit-able: no callback to the host."""

@@ -101,6 +101,7 @@ def plan(
     beam_size: int = 0,
     cache_dtype: str | None = None,
     mesh: Mesh | None = None,
+    reward_bytes: int = 0,
     budget: int | None = None,
 ) -> Plan:
     """The layout of each data shard.
@@ -114,6 +115,7 @@ def plan(
       beam_size: of beam search, whose hypotheses all have a slot; 0 for samples.
       cache_dtype: of the self-attention cache; None for the activations'.
       mesh: of the shards; None for the first device alone.
+      reward_bytes: what the parameters of a reward take of each device.
       budget: bytes on each; None for what the device has (`device_bytes`).
 
     Raises:
@@ -138,6 +140,8 @@ def plan(
             cache_dtype=cache_dtype or config.dtype,
             model_parallel=1 if mesh is None else mesh.shape["model"],
         )
+        if reward_bytes:
+            parts["reward's parameters"] = reward_bytes
         return Plan(layout=layout, parts=parts, budget=budget)
 
     if beam_size:

@@ -54,6 +54,7 @@ def decode(
     slots: int | None = None,
     cache_dtype: str | None = None,
     mesh: Mesh | None = None,
+    reward_bytes: int = 0,
 ) -> Samples:
     """N translations of each source; the encoder runs once per source, not once per sample.
 
@@ -79,6 +80,7 @@ def decode(
       cache_dtype: of self-attention's keys and values, one of `cache.CACHE_TYPES`; None for the activations'.
       mesh: the mesh on whose ('replica', 'data') the batch lies. Each shard decodes by itself, and devices of 'model'
         together; None for one device.
+      reward_bytes: what a reward's parameters take of each device's memory.
 
     Returns:
       Samples `[batch, num_samples, max_length]`.
@@ -112,6 +114,7 @@ def decode(
         beam_size=beam_size,
         cache_dtype=cache_dtype,
         mesh=mesh,
+        reward_bytes=reward_bytes,
     )
     _log.info("sampling: %s", plan)
     encoded = model.module.apply(

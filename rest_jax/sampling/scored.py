@@ -14,7 +14,7 @@ from rest_jax.data.batching import LengthGroup, length_groups
 from rest_jax.data.token_dataset import TokenDataset
 from rest_jax.data.vocabulary import adopt
 from rest_jax.errors import UserError
-from rest_jax.partitioning import Partitioner
+from rest_jax.partitioning import Partitioner, trace_mesh
 from rest_jax.rewards.base import Reward
 from rest_jax.sampling.cache import CACHE_TYPES
 from rest_jax.sampling.processors import LogitProcessing
@@ -82,6 +82,7 @@ def draw_samples(
     sampling: Sampling,
     max_length: int,
     mesh: Mesh | None = None,
+    reward_bytes: int = 0,
 ) -> Samples:
     """`sampler.decode` as `sampling` says; the arguments are those of `sample_and_score`."""
     sources = batch["encoder_input_tokens"]
@@ -102,6 +103,7 @@ def draw_samples(
         slots=sampling.slots,
         cache_dtype=sampling.cache_dtype,
         mesh=mesh,
+        reward_bytes=reward_bytes,
     )
 
 
@@ -142,6 +144,7 @@ def sample_and_score(
     sampling: Sampling,
     max_length: int,
     mesh: Mesh | None = None,
+    reward_bytes: int = 0,
 ) -> dict[str, Any]:
     """Encodes each source once, draws N samples of it and scores them.
 
@@ -154,27 +157,39 @@ def sample_and_score(
       model, reward, sampling: what draws, what scores, and how many.
       max_length: most tokens of a sample.
       mesh: the mesh on which the batch lies; None for one device.
+      reward_bytes: what `reward_params` take of each device's memory.
 
     Returns:
       samples (`Samples`), components `{name: [batch, num_samples]}`, rewards `[batch, num_samples]`,
-      reference_rewards `[batch]` and real `[batch]` (False for fillers).
+      reference_components `{name: [batch, 1]}`, reference_rewards `[batch]` and real `[batch]` (False for fillers).
     """
     samples = draw_samples(
-        params, batch, seed, stream, model=model, sampling=sampling, max_length=max_length, mesh=mesh
+        params,
+        batch,
+        seed,
+        stream,
+        model=model,
+        sampling=sampling,
+        max_length=max_length,
+        mesh=mesh,
+        reward_bytes=reward_bytes,
     )
 
     def score(tokens: jax.Array) -> dict[str, jax.Array]:
-        return reward.score(
-            reward_params,
-            {"samples": tokens, "references": batch["references"], "sources": batch["encoder_input_tokens"]},
-        )
+        with trace_mesh(mesh):
+            return reward.score(
+                reward_params,
+                {"samples": tokens, "references": batch["references"], "sources": batch["encoder_input_tokens"]},
+            )
 
     components = score(samples.tokens)
+    reference_components = score(batch["references"][:, None, :])
     return {
         "samples": samples,
         "components": components,
         "rewards": reward.combine(components),
-        "reference_rewards": reward.combine(score(batch["references"][:, None, :]))[:, 0],
+        "reference_components": reference_components,
+        "reference_rewards": reward.combine(reference_components)[:, 0],
         "real": jnp.any(batch["encoder_input_tokens"] > 0, axis=-1),
     }
 

@@ -129,6 +129,29 @@ def test_every_example_once_an_epoch(size: int, batch_size: int, seed: int, epoc
     assert sorted(found) == sorted(expected)
 
 
+@dataclass(frozen=True)
+class Labelled(ListExamples):
+    """Labelled with half their number."""
+
+    @property
+    def labels(self) -> npt.NDArray[np.float32]:
+        return (np.arange(len(self.source_lengths)) / 2).astype(np.float32)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_labels_stand_at_the_target_tokens_of_their_examples(pack: bool) -> None:
+    base = examples(50)
+    labelled = plan(MixtureSpec.single(Labelled(base.source_lengths, base.target_lengths)), pack=pack)
+    for step in range(5):
+        batch = labelled.batch(step)
+        targets, labels = batch["decoder_target_tokens"], batch.pop("decoder_target_labels")
+        assert labels.dtype == np.float32
+        words = targets >= 10  # all but EOS and padding
+        np.testing.assert_array_equal(labels[words], (targets[words] - 10) / 2)
+        assert not labels[targets == 0].any()
+        assert same(batch, plan(MixtureSpec.single(base), pack=pack).batch(step))
+
+
 def test_example_ids_follow_the_rows() -> None:
     batches = plan()
     for step in range(5):
