@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rest_jax.commands import checkpoints, compile, phases, stores, text, train_reward
+from rest_jax.commands import checkpoints, compile, phases, rewards, stores, text, train_reward
 from rest_jax.errors import Preempted, UserError
 
 EXIT_OTHER, EXIT_USER, EXIT_PREEMPTED = 1, 2, 42
@@ -73,6 +73,6 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    for group in (phases, text, stores, train_reward, checkpoints, compile):
+    for group in (phases, text, stores, train_reward, rewards, checkpoints, compile):
         group.register(add)
     return parser

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rest_jax import audit as audit_lib
 from rest_jax import chips
 from rest_jax import grow as grow_lib
 from rest_jax import improve as improve_lib
@@ -32,6 +33,7 @@ from rest_jax.data.batching import MixtureSpec
 from rest_jax.data.parallel import ParallelData
 from rest_jax.data.store import ScoredStore
 from rest_jax.errors import Preempted, UserError
+from rest_jax.evaluation.alarm import Alarm, held_out_metrics, raise_alarms
 from rest_jax.evaluation.evaluate import Evaluation, Evaluator
 from rest_jax.filters import check_schedule
 from rest_jax.models.initial_params import initial_params
@@ -41,6 +43,7 @@ from rest_jax.profiling import ProfiledSteps
 from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
 from rest_jax.reporting.report import write_report
+from rest_jax.reporting.run_files import AUDIT
 from rest_jax.reporting.table import format_table
 from rest_jax.rewards.base import Reward, RewardParams, check_comparable, check_reward, leaves
 from rest_jax.summary import summarise
@@ -189,6 +192,7 @@ class Runner:
         self._asked_to_stop = stop_requested
         check_reward(config.reward, has_references=True, languages=config.languages)
         check_comparable(config.reward)
+        self._held_out = held_out_metrics(config.reward)
         if config.grow_steps and config.improve_steps:
             check_schedule(config.improving.schedule, improve_steps=config.improve_steps)
         for name, size in (
@@ -277,6 +281,7 @@ class Runner:
             "task": self.config.data.task,
             "parameters": int(sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract_params))),
             "mesh": {name: int(size) for name, size in self.config.partitioner.mesh.shape.items()},
+            "held_out_metrics": list(self._held_out),
         }
         summary = summarise(
             self.model_dir,
@@ -301,8 +306,36 @@ class Runner:
         if not self.processes.lead:
             return ""
         summary = self._summarise(num_resamples=self.config.evaluation.bootstrap_resamples)
+        self._audit_reward()
         report = write_report(self.model_dir)
         return f"{format_table(summary)}\n\nReport: {report}"
+
+    def _audit_reward(self) -> None:
+        """A learned reward's audit becomes part of the report."""
+        config, path = self.config, self.model_dir / AUDIT
+        if not (config.reward.learned and config.evaluation.audit_pairs) or path.exists():
+            return
+        if self.processes.count > 1:
+            # The audit's program would need all processes; the command does it, with one.
+            print("The reward was not audited: rest_jax audit_reward does it, with one process.", flush=True)
+            return
+        pairs = audit_lib.pairs_of_run(
+            config.reward,
+            eval_set=self._eval_set,
+            model_dir=self.model_dir,
+            num_pairs=config.evaluation.audit_pairs,
+            seed=config.seed,
+        )
+        result = audit_lib.audit(
+            config.reward,
+            pairs,
+            params=self.reward_params,
+            data=config.data,
+            sampling=config.evaluation.sampling,
+            partitioner=config.partitioner,
+            seed=config.seed,
+        )
+        write_json(path, result)
 
     def _policy_mark(self, name: str) -> Path:
         return mark_path(self.model_dir, next(phase for phase in self.phases if phase.name == name))
@@ -430,7 +463,21 @@ class Runner:
         self._writer.write(
             phase=phase.name, step=0, scalars={name: scores[name] for name in ("reward", "bleu", "chrf", "ter")}
         )
-        return scores
+        step = next(step for step in self.phases if step.name == phase.policy)
+        alarms: list[Alarm] = []
+        if step.kind == "improve" and step.policy is not None:
+            alarms = raise_alarms(
+                self.model_dir / "eval",
+                policy=step.name,
+                scores=scores,
+                start=step.policy,
+                metrics=self._held_out,
+                num_resamples=self.config.evaluation.bootstrap_resamples,
+                seed=self.config.seed,
+            )
+        for alarm in alarms:
+            progress.log_event(alarm["text"])
+        return {**scores, "alarms": alarms}
 
     def _fit(
         self,

@@ -33,8 +33,8 @@ def summarise(
       facts: further entries.
 
     Returns:
-      phases (name, reward, bleu, chrf, ter, samples, distinct, kept, seconds, ...), comparisons, signatures,
-      config_sha256, versions and `facts`.
+      phases (name, reward, bleu, chrf, ter, samples, distinct, kept, seconds, ...), alarms (`evaluation.alarm`) of all
+      Improve steps, comparisons, signatures, config_sha256, versions and `facts`.
     """
     phases = [_phase(name, results) for name in results if not name.startswith("evaluate_")]
     evaluated = [phase["name"] for phase in phases if "reward" in phase]
@@ -42,6 +42,7 @@ def summarise(
     config = model_dir / "config.gin"
     return {
         "phases": phases,
+        "alarms": [alarm for name in evaluated for alarm in results[f"evaluate_{name}"].get("alarms", ())],
         "comparisons": _comparisons(model_dir / "eval", phases, num_resamples=num_resamples, seed=seed)
         if num_resamples
         else [],

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,6 +223,37 @@ def test_report(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(finished)]) == 0
     assert capsys.readouterr().out.strip() == str(finished / "report.html")
     assert "<html" in (finished / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_step_that_fools_its_reward_raises_an_alarm(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    # As if BC had translated the test split without a fault, and its samples had no reward at all.
+    scores = json.loads((run / "eval" / "bc.json").read_text()) | {"reward": 0.0, "bleu": 100.0, "ter": 0.0}
+    (run / "eval" / "bc.json").write_text(json.dumps(scores))
+    rows = [json.loads(line) for line in (run / "eval" / "bc.test.jsonl").read_text().splitlines()]
+    perfect = [json.dumps({**row, "hypothesis": row["reference"]}) + "\n" for row in rows]
+    (run / "eval" / "bc.test.jsonl").write_text("".join(perfect))
+    (run / "eval" / "improve_1.1.json").unlink()
+    capsys.readouterr()
+    assert cli.main(["evaluate", f"--model_dir={run}", "--policy=improve_1.1"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "ALARM" in line]
+    assert [line[line.index("ALARM") :].split(" got worse")[0] for line in said] == [
+        f"ALARM: from bc to improve_1.1 the reward rose from 0.0000 to {_reward(run, 'improve_1.1'):.4f}, but test "
+        f"{metric}, which is no part of it,"
+        for metric in ("BLEU", "TER")
+    ]  # chrF is the reward
+    summary = json.loads((run / "summary.json").read_text())
+    assert [alarm["metric"] for alarm in summary["alarms"]] == summary["held_out_metrics"] == ["bleu", "ter"]
+    assert cli.main(["report", str(run)]) == 0
+    assert (run / "report.html").read_text().count('role="alert">ALARM: from bc to improve_1.1') == 2
+
+
+def _reward(run: Path, policy: str) -> float:
+    return json.loads((run / "eval" / f"{policy}.json").read_text())["reward"]
 
 
 # filter ---------------------------------------------------------------------------------------------------------------

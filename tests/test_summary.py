@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU, CHRF
 
+from rest_jax.reporting.table import format_table
 from rest_jax.summary import VERSIONS_OF, summarise
 
 SOURCES, SAMPLES = 40, 4
@@ -119,6 +120,15 @@ def test_the_last_rest_policy_is_compared_with_bc_and_with_the_control(run):
             found = comparisons["improve_1.1", other, metric]
             np.testing.assert_allclose(found["difference"], scores[0] - scores[1], rtol=1e-9)
             assert found["low"] <= found["difference"] <= found["high"]
+
+
+def test_alarms_of_all_steps_stand_together(run):
+    assert summary_of(run, num_resamples=0)["alarms"] == []
+    alarm = {"policy": "improve_1.1", "start": "bc", "metric": "bleu", "text": "ALARM: words"}
+    marks = {**run[1], "evaluate_improve_1.1": {**run[1]["evaluate_improve_1.1"], "alarms": [alarm]}}
+    summary = summary_of(run, num_resamples=0, results=marks)
+    assert summary["alarms"] == [alarm]
+    assert "ALARM: words" in format_table(summary)
 
 
 def test_the_same_seed_gives_the_same_intervals(run):

@@ -45,6 +45,7 @@ class Evaluation:
       beam_alpha: length penalty of the beam, see `sampling.beam_search`.
       max_test_sources: the first so many of the test split; None for all.
       bootstrap_resamples: of the paired bootstrap between policies.
+      audit_pairs: pairs of D_eval that a learned reward is audited with, for the report; 0 for no audit.
     """
 
     sampling: Sampling
@@ -54,11 +55,14 @@ class Evaluation:
     beam_alpha: float = 0.6
     max_test_sources: int | None = None
     bootstrap_resamples: int = 2000
+    audit_pairs: int = 1000
 
     def __post_init__(self) -> None:
         for name in ("selection_samples", "beam_size", "bootstrap_resamples"):
             if getattr(self, name) < 1:
                 raise UserError(f"Evaluation.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.audit_pairs < 0:
+            raise UserError(f"Evaluation.audit_pairs is {self.audit_pairs}; it must be at least 0.")
         for name in ("selection_sources", "max_test_sources"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"Evaluation.{name} is {getattr(self, name)}; it must be at least 1, or None for all.")

@@ -6,6 +6,7 @@ from typing import Any, TypedDict
 from sacrebleu.metrics import BLEU, CHRF, TER
 
 METRICS: Mapping[str, type] = {"bleu": BLEU, "chrf": CHRF, "ter": TER}
+LABELS: Mapping[str, str] = {"bleu": "BLEU", "chrf": "chrF", "ter": "TER"}
 
 
 class CorpusScores(TypedDict):

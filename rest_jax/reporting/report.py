@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rest_jax.evaluation.metrics import LABELS
 from rest_jax.reporting import plots
+from rest_jax.reporting.audit_table import audit_rows, describe_audit
 from rest_jax.reporting.progress import format_duration
 from rest_jax.reporting.report_style import CSS
 from rest_jax.reporting.run_files import CONTROL, Run, Translation, final_policy, is_grow, phase_label, read_run
@@ -41,6 +43,7 @@ def render(run: Run) -> str:
     sections = [
         _header(run, title),
         _tiles(run),
+        _alarms(run),
         _warnings(run),
         _phase_table(run),
         _plots(run),
@@ -48,6 +51,7 @@ def render(run: Run) -> str:
         _threshold_table(run),
         _examples(run),
         _comparisons(run),
+        _audit(run),
         _setup(run),
         _configuration(run),
     ]
@@ -212,8 +216,18 @@ def warnings(run: Run) -> list[str]:
     return found
 
 
+def _alarms(run: Run) -> str:
+    alarms = run.summary.get("alarms") or ()
+    return "".join(f'<section class="card alarm" role="alert">{_text(alarm["text"])}</section>' for alarm in alarms)
+
+
 def _warnings(run: Run) -> str:
     return "".join(f'<section class="card warning">{_text(text)}</section>' for text in warnings(run))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`BLEU is`, or `BLEU and TER are`."""
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _phase_table(run: Run) -> str:
@@ -224,6 +238,12 @@ def _phase_table(run: Run) -> str:
         "Reward: mean over sampled translations of the sources of D_eval. BLEU, chrF and TER: sacreBLEU on the test "
         "split. bc_long: BC continued for as many gradient steps as all Improve steps together."
     )
+    held_out = run.summary.get("held_out_metrics")
+    if held_out:
+        note += (
+            f" {_listed([LABELS[name] for name in held_out])} no part of the reward: an alarm is raised when the "
+            "reward rises over an Improve step and one of them gets worse beyond its 95 % interval."
+        )
     return _card(
         "Phases", _table(headings, [[_text(cell) for cell in row] for row in rows], row_classes=classes), note=note
     )
@@ -403,6 +423,17 @@ def _comparisons(run: Run) -> str:
     headings = ["policies", "measure", "difference", "95 % interval", "leaves out zero"]
     note = "Paired bootstrap by source: all samples of a source are drawn together."
     return _card("Comparisons", _table(headings, rows, left=2), note=note)
+
+
+def _audit(run: Run) -> str:
+    if not run.audit:
+        return ""
+    headings, rows = audit_rows(run.audit)
+    return _card(
+        "Audit of the reward",
+        _table(headings, [[_text(cell) for cell in row] for row in rows]),
+        note=describe_audit(run.audit),
+    )
 
 
 def _setup(run: Run) -> str:

@@ -24,6 +24,7 @@ p { margin: 0 0 10px; }
 .tile-detail { font-size: 13px; color: var(--muted); }
 .good { color: var(--good); } .bad { color: var(--bad); }
 .warning { background: var(--warn); }
+.alarm { background: var(--warn); border: 2px solid var(--bad); font-weight: 600; }
 .plots { columns: 460px 2; column-gap: 18px; }
 .plots .card { break-inside: avoid; display: inline-block; width: 100%; }
 .plots img { width: 100%; height: auto; display: block; margin-top: 6px; }

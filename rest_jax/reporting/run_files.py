@@ -13,6 +13,7 @@ from rest_jax.errors import UserError
 from rest_jax.reporting.metrics_writer import read_metrics
 
 SUMMARY = "summary.json"
+AUDIT = "audit.json"
 CONTROL = "bc_long"
 
 
@@ -40,6 +41,7 @@ class Run:
       metrics: the lines of `metrics.jsonl`.
       config: `operative_config.gin`, else `config.gin`, else nothing.
       run: `run.json`, or nothing.
+      audit: `audit.json`, of a run with a learned reward, or nothing.
     """
 
     directory: Path
@@ -50,6 +52,7 @@ class Run:
     metrics: Sequence[Mapping[str, Any]]
     config: str
     run: Mapping[str, Any]
+    audit: Mapping[str, Any]
 
     @property
     def phases(self) -> Sequence[Mapping[str, Any]]:
@@ -107,7 +110,7 @@ def read_run(model_dir: str | Path) -> Run:
         if is_grow(phase["name"]) and stats.is_file():
             grows[int(phase["name"].removeprefix("grow_"))] = read_json(stats)
     config = next((f for f in (directory / "operative_config.gin", directory / "config.gin") if f.is_file()), None)
-    run_file = directory / "run.json"
+    run_file, audit_file = directory / "run.json", directory / AUDIT
     return Run(
         directory=directory,
         summary=summary,
@@ -121,6 +124,7 @@ def read_run(model_dir: str | Path) -> Run:
         metrics=read_metrics(directory),
         config="" if config is None else config.read_text(encoding="utf-8"),
         run=read_json(run_file) if run_file.is_file() else {},
+        audit=read_json(audit_file) if audit_file.is_file() else {},
     )
 
 

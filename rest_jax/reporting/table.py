@@ -79,7 +79,7 @@ def show_signed(value: float, metric: str) -> str:
 
 
 def format_table(summary: Mapping[str, Any]) -> str:
-    """The summary for a terminal: a row per phase, then the comparisons with their 95 % intervals, then signatures."""
+    """The summary for a terminal: a row per phase, alarms, comparisons with their 95 % intervals, signatures."""
     headings, rows = phase_rows(summary["phases"])
     widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
 
@@ -88,6 +88,8 @@ def format_table(summary: Mapping[str, Any]) -> str:
         return "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
 
     lines = [line(headings), "  ".join("-" * width for width in widths), *map(line, rows)]
+    for alarm in summary.get("alarms") or []:
+        lines += ["", alarm["text"]]
     comparisons = summary.get("comparisons") or []
     if comparisons:
         lines += ["", "95 % interval, paired bootstrap by source:", *(f"  {comparison_text(c)}" for c in comparisons)]

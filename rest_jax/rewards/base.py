@@ -87,6 +87,16 @@ class Reward(Protocol):
         """The rewards that this one combines; none for one that scores by itself."""
         return ()
 
+    @property
+    def measures(self) -> frozenset[str]:
+        """Evaluation's metrics that it is, of `evaluation.metrics.METRICS`; those say nothing held out of it."""
+        return frozenset[str]().union(*(part.measures for part in self.parts))
+
+    @property
+    def learned(self) -> bool:
+        """It was trained, so a run that uses it audits it (`audit`)."""
+        return any(part.learned for part in self.parts)
+
     def init(self, vocabulary: RewardVocabulary) -> RewardParams:
         """Arrays that `score` needs (tables, weights), passed to the jitted program as an argument.
 

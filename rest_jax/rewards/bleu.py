@@ -41,6 +41,10 @@ class BLEU(Reward):
     def requires_reference(self) -> bool:
         return True
 
+    @property
+    def measures(self) -> frozenset[str]:
+        return frozenset({"bleu"})
+
     def init(self, vocabulary: RewardVocabulary) -> characters.CharacterTable:
         return characters.character_table(vocabulary, whitespace="folded")
 

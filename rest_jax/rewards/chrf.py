@@ -50,6 +50,10 @@ class ChrF(Reward):
         """chrf, or with words chrf++."""
         return "chrf++" if self.word_order else "chrf"
 
+    @property
+    def measures(self) -> frozenset[str]:
+        return frozenset({"chrf"})
+
     def init(self, vocabulary: RewardVocabulary) -> characters.CharacterTable:
         return characters.character_table(vocabulary, whitespace="folded" if self.word_order else "dropped")
 

@@ -225,6 +225,18 @@ class Quantile(Combination):
         return jnp.interp(self.reward.combine(components), knots, jnp.linspace(0.0, 1.0, len(self.knots)))
 
 
+def unguarded(reward: Reward) -> Reward:
+    """`reward` with each `Guarded` within the combinations of this module replaced by what it guards."""
+    match reward:
+        case Guarded():
+            return unguarded(reward.reward)
+        case WeightedSum() | Min() | MeanOfRanks():
+            return dataclasses.replace(reward, rewards=tuple(map(unguarded, reward.rewards)))
+        case Affine() | Quantile():
+            return dataclasses.replace(reward, reward=unguarded(reward.reward))
+    return reward
+
+
 def _check_parts(combination: WeightedSum | Min | MeanOfRanks) -> None:
     object.__setattr__(combination, "rewards", tuple(combination.rewards))
     if not combination.rewards:

@@ -105,6 +105,27 @@ def empty(sources: Sequence[str], translations: Sequence[str], rng: np.random.Ge
     return [""] * len(translations)
 
 
+def other_source(sources: Sequence[str], translations: Sequence[str], rng: np.random.Generator) -> list[str]:
+    """Fluent and in the wrong language, the sources': another source than the one to translate."""
+    del translations
+    return unrelated(sources, sources, rng)
+
+
+def in_language_of(texts: Sequence[str]) -> Corruption:
+    """Fluent and in the wrong language, that of `texts`: one of them for each translation, of about its length."""
+
+    def corrupt(sources: Sequence[str], translations: Sequence[str], rng: np.random.Generator) -> list[str]:
+        del sources
+        chosen = rng.choice(len(texts), len(translations), replace=len(texts) < len(translations))
+        by_length = sorted((texts[k] for k in chosen), key=len)
+        variants = list(translations)
+        for text, k in zip(by_length, np.argsort([len(text) for text in translations], kind="stable"), strict=True):
+            variants[k] = text
+        return variants
+
+    return corrupt
+
+
 CORRUPTIONS: Mapping[str, Corruption] = {
     "repeated": repeated,
     "truncated": truncated,

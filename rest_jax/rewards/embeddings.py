@@ -46,6 +46,10 @@ class StaticEmbeddings(Reward):
     def name(self) -> str:
         return self.label
 
+    @property
+    def learned(self) -> bool:
+        return True
+
     def init(self, vocabulary: RewardVocabulary) -> dict[str, Any]:
         """Raises UserError: a file is missing, damaged or of another layout, or `tokenizers` is not installed."""
         folder = paths.resolve(self.directory)

@@ -95,6 +95,10 @@ class MetricX(Reward):
         return self.label
 
     @property
+    def learned(self) -> bool:
+        return True
+
+    @property
     def requires_reference(self) -> bool:
         return self.with_reference
 

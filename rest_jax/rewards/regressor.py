@@ -85,6 +85,10 @@ class Regressor(Reward):
         return self.label
 
     @property
+    def learned(self) -> bool:
+        return True
+
+    @property
     def requires_reference(self) -> bool:
         return "reference" in read(self.directory).joined.fields
 

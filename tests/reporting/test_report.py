@@ -139,6 +139,16 @@ def test_damage_is_named(tmp_path, file, content, message):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_an_alarm_is_seen_in_words(tmp_path, model_dir):
+    summary = json.loads((model_dir / "summary.json").read_text())
+    alarm = {"policy": "improve_1.1", "text": "ALARM: the reward rose, but <BLEU> fell."}
+    summary |= {"phases": summary["phases"][:1], "alarms": [alarm], "held_out_metrics": ["bleu", "ter"]}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    page = report.write_report(tmp_path).read_text()
+    assert '<section class="card alarm" role="alert">ALARM: the reward rose, but &lt;BLEU&gt; fell.</section>' in page
+    assert "BLEU and TER are no part of the reward" in Page(page).text
+
+
 def run_with(tmp_path, rows, comparisons=()):
     (tmp_path / "summary.json").write_text(json.dumps({"phases": rows, "comparisons": list(comparisons)}))
     return report.warnings(read_run(tmp_path))
