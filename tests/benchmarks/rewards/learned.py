@@ -1,6 +1,6 @@
 """Measures learned rewards: MetricX against PyTorch on 1,000 real pairs, and what a sample costs.
 
-    python -m tests.benchmarks.rewards_learned [--peer torch] [--peer_python PYTHON]
+    python -m tests.benchmarks.rewards learned [--peer torch] [--peer_python PYTHON]
 
 The pairs are German and English of the demo's training text, of all lengths, padded and in one batch. MetricX is a
 random mT5 in the layout of the published folders (d_model 64, 4 + 4 layers), in float32. The peer is
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ from rest_jax.rewards.metricx import MetricX
 NUM_PAIRS, LENGTH, HEAD_ROW, PIECES, REPEATS = 1000, 128, 89, 4000, 3
 CONFIG = t5.T5Config(-(-PIECES // 128) * 128, 64, 4, 4, 4, 16, 128)
 EMBEDDING_DIM = 256
-PEER = pathlib.Path(__file__).parents[1] / "fixtures" / "metricx_torch.py"
+PEER = pathlib.Path(__file__).parents[2] / "fixtures" / "metricx_torch.py"
 
 
 def read_text() -> list[list[str]]:
@@ -100,11 +100,11 @@ def best_times(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
     return {name: min(times) for name, times in found.items()}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=("torch",))
     parser.add_argument("--peer_python", default=sys.executable)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     folder = pathlib.Path(tempfile.mkdtemp())
     try:
         measure(folder, options)
@@ -155,7 +155,3 @@ def measure(folder: pathlib.Path, options: argparse.Namespace) -> None:
         print(f"PyTorch, one at a time    {seconds / NUM_PAIRS * 1e6:.0f} microseconds a pair, with loading")
     for name, seconds in best_times(runs).items():
         print(f"{name:34}{seconds / NUM_PAIRS * 1e6:.1f} microseconds a pair")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Measures the lexical rewards: differences from sacreBLEU on 10,000 real pairs, and time beside that of drawing.
 
-    python -m tests.benchmarks.rewards [--pairs FILE.tsv.gz]
+    python -m tests.benchmarks.rewards lexical [--pairs FILE.tsv.gz]
 
 Pairs are targets of the file (the demo's training text, unless another is named) and hypotheses made from them: tokens
 replaced and dropped, the whole repeated, or another target. Times are of one sample, N = 32 for each source: a compiled
@@ -13,7 +13,7 @@ import functools
 import gzip
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -94,11 +94,11 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, default=paths.resolve("rest_jax://tasks/demo_data/train.tsv.gz"))
     rng, vocabulary = random.Random(0), SentencePieceVocabulary("rest_jax://tasks/demo_data/vocab.model")
-    targets = read_targets(parser.parse_args().pairs, vocabulary, rng)
+    targets = read_targets(parser.parse_args(arguments).pairs, vocabulary, rng)
     make_faulty = functools.partial(faulty, rng, others=targets, vocab_size=vocabulary.vocab_size)
     references, hypotheses = padded(targets), padded([make_faulty(tokens) for tokens in targets])
     texts = [
@@ -134,7 +134,3 @@ def main() -> None:
             f"{name:8} {time_of_one * 1e6:8.1f} us a sample, {share:7.2%} of drawing; "
             f"first call {compile_times[name]:.1f} s"
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Measures retokenisation in the graph: how often it equals the `sentencepiece` library, and its time per sample.
 
-    python -m tests.benchmarks.retokenization --vocabulary FILE --pairs de-en.tsv.gz zh-en.tsv.gz
+    python -m tests.benchmarks.rewards retokenization --vocabulary FILE --pairs de-en.tsv.gz zh-en.tsv.gz
 
 FILE is a SentencePiece unigram model, or a Hugging Face tokenizer.json of one, such as XLM-R's 250,002 pieces, whose
 pieces, scores and normaliser are then written as a model. The pairs are lines of `source <TAB> target` text, encoded in
@@ -18,7 +18,7 @@ import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -135,19 +135,15 @@ def measure(file: pathlib.Path, *, pair_files: list[pathlib.Path], count: int) -
         )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=pathlib.Path, required=True)
     parser.add_argument("--pairs", type=pathlib.Path, nargs="+", required=True)
     parser.add_argument("--count", type=int, default=100_000, help="pairs of each file")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory:
         file = options.vocabulary
         if file.suffix == ".json":
             file = pathlib.Path(directory) / "vocabulary.model"
             model_of_tokenizer(json.loads(options.vocabulary.read_text(encoding="utf-8")), file)
         measure(file, pair_files=options.pairs, count=options.count)
-
-
-if __name__ == "__main__":
-    main()

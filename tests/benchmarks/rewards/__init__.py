@@ -1,0 +1,1 @@
+"""What rewards cost, and how exactly they are what they are called."""
