@@ -252,6 +252,28 @@ def test_a_step_that_fools_its_reward_raises_an_alarm(
     assert (run / "report.html").read_text().count('role="alert">ALARM: from bc to improve_1.1') == 2
 
 
+@pytest.mark.usefixtures("one_device")
+def test_audit_reward_of_a_run_and_of_files(
+    finished: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "audit.json"
+    assert cli.main(["audit_reward", f"--model_dir={finished}", "--num_pairs=6", f"--output={output}"]) == 0
+    said, result = capsys.readouterr().out, json.loads(output.read_text())
+    assert result["base"] == "hypothesis" and 0 < result["pairs"] <= 6  # chrF reads references
+    assert said.startswith("Audit of chrf: ") and "\nwrong language " in said
+    sources, references = tmp_path / "de", tmp_path / "en"
+    for path, column in ((sources, 0), (references, 1)):
+        path.write_text("".join(line.split("\t")[column] + "\n" for line in pairs(4)), encoding="utf-8")
+    texts = [f"--sources={sources}", f"--references={references}"]
+    for arguments, words in (
+        (texts, "--hypotheses"),
+        (texts[:1], "belong together"),
+        ([*texts, "--num_pairs=0"], "--num_pairs"),
+    ):
+        assert cli.main(["audit_reward", f"--model_dir={finished}", *arguments]) == 2
+        assert words in capsys.readouterr().err
+
+
 def _reward(run: Path, policy: str) -> float:
     return json.loads((run / "eval" / f"{policy}.json").read_text())["reward"]
 

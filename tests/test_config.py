@@ -21,7 +21,7 @@ VOCABULARY = "rest_jax://tasks/demo_data/vocab.model"
 
 @pytest.mark.parametrize("name", RUNS)
 def test_shipped_runs_build(name: str) -> None:
-    macros = {"VOCABULARY_FILE": f"'{VOCABULARY}'"}
+    macros = {"VOCABULARY_FILE": f"'{VOCABULARY}'", "REWARD_DIR": "'/nowhere/reward'"}
     text = (ROOT / "gin" / "runs" / name).read_text()
     extra = [f"{macro}={value}" for macro, value in macros.items() if macro in text]
     config.load(gin_files=[f"runs/{name}"], bindings=[*ANY, *extra])

@@ -115,6 +115,10 @@ print(sum(1 for _ in seqio.TaskRegistry.get("demo_de_en").source.get_dataset("te
     assert int(count) == 1005
 
 
+# Imported where they are used, with a message that names the extra.
+OF_EXTRAS = {"tokenizers"}
+
+
 def test_core_imports_only_what_is_declared(wheel: Path) -> None:
     required = {_normal(requirement.name) for requirement in _requirements(wheel) if requirement.marker is None}
     distributions = metadata.packages_distributions()
@@ -122,11 +126,16 @@ def test_core_imports_only_what_is_declared(wheel: Path) -> None:
     for path in (ROOT / "rest_jax").rglob("*.py"):
         if path.name == "seqio_tasks.py":
             continue
-        for name in _imported(path) - set(sys.stdlib_module_names) - {"rest_jax"}:
+        for name in _imported(path) - set(sys.stdlib_module_names) - OF_EXTRAS - {"rest_jax"}:
             # A few names (`jax`'s `jaxlib`, `orbax`'s parts) come from several distributions: one of them will do.
             if not {_normal(distribution) for distribution in distributions.get(name, [name])} & required:
                 undeclared[name] = str(path.relative_to(ROOT))
     assert not undeclared
+
+
+def test_extras_declare_what_the_core_may_import(wheel: Path) -> None:
+    extras = {_normal(requirement.name) for requirement in _requirements(wheel) if requirement.marker is not None}
+    assert extras >= OF_EXTRAS
 
 
 def test_tested_versions_satisfy_what_is_declared(wheel: Path) -> None:

@@ -18,6 +18,12 @@ def register(add: AddCommand) -> None:
     sub.add_argument("--seed", type=int, default=0, help="of their choice and of the variants")
     sub.add_argument("--output", help="JSON file to write too")
 
+    sub = add("train_language_id", _train_language_id, "Train the identifier of guards against the wrong language.")
+    text_help = "a language's name, as in LANGUAGES, and its text: UTF-8, a sentence a line, *.gz too; at least two"
+    sub.add_argument("--text", action="append", default=[], metavar="LANGUAGE=FILE", help=text_help)
+    sub.add_argument("--output", required=True, help="the file to write, *.npz")
+    sub.add_argument("--held_out", type=float, default=0.1, help="share of each text to measure on (default 0.1)")
+
 
 def _audit_reward(options: Any) -> None:
     from pathlib import Path
@@ -69,3 +75,32 @@ def _audit_reward(options: Any) -> None:
     print(format_audit(result))
     if options.output is not None:
         write_json(Path(options.output).expanduser(), result)
+
+
+def _train_language_id(options: Any) -> None:
+    import os
+
+    # Counting is done by the processor; an accelerator would be taken for nothing.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from pathlib import Path
+
+    from rest_jax.data.lines import read_lines
+    from rest_jax.rewards import language
+
+    named = [text.partition("=") for text in options.text]
+    names = [name for name, _, _ in named]
+    if len(named) < 2 or len(set(names)) < len(names) or not all(name and file for name, _, file in named):
+        raise UserError(f"--text is {options.text}; give it for two languages or more, like --text de=german.txt.")
+    if not 0 < options.held_out < 1:
+        raise UserError(f"--held_out is {options.held_out}; it must be a share between 0 and 1.")
+    texts = {name: read_lines(file) for name, _, file in named}
+    output = Path(options.output).expanduser()
+    trained, held_out = language.split(texts, held_out=options.held_out)
+    identifier = language.train(trained)
+    language.write(output, identifier)
+    print(f"{'language':10}{'characters':>12}{'held out':>10}{'accuracy':>10}{'refused':>10}")
+    for name, lengths in language.accuracy_by_length(identifier, held_out).items():
+        for length, found in lengths.items():
+            cells = f"{found['accuracy']:>10.2%}{found['refused']:>10.2%}"
+            print(f"{name:10}{length:>12}{found['sentences']:>10}{cells}")
+    print(f"Identifier: {output}")

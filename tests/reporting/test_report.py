@@ -149,6 +149,21 @@ def test_an_alarm_is_seen_in_words(tmp_path, model_dir):
     assert "BLEU and TER are no part of the reward" in Page(page).text
 
 
+def test_a_learned_rewards_audit_is_a_section(tmp_path):
+    found = {"preferred": 0.633, "low": 0.577, "high": 0.686, "equal": 0.0}
+    variants = {
+        "repeated": {"pairs": 297, "without_guards": found, "with_guards": {**found, "preferred": 0.003}},
+        "copied_source": {"pairs": 0, "without_guards": None, "with_guards": None},
+    }
+    audit = {"reward": "regressor", "guards": ["not_empty"], "guards_in_reward": True, "base": "reference",
+             "base_refused": 0.034, "pairs": 297, "too_long": 3, "variants": variants}  # fmt: skip
+    (tmp_path / "summary.json").write_text(json.dumps({"phases": [{"name": "bc", "seconds": 1}]}))
+    (tmp_path / "audit.json").write_text(json.dumps(audit))
+    text = Page(report.write_report(tmp_path).read_text()).text
+    assert "Audit of the reward Audit of regressor: 297 pairs" in text and "refuse 3.4 % of the references" in text
+    assert "repeated 297 63.3 % [57.7, 68.6] 0.0 % 0.3 %" in text and "copied source 0 - - - -" in text
+
+
 def run_with(tmp_path, rows, comparisons=()):
     (tmp_path / "summary.json").write_text(json.dumps({"phases": rows, "comparisons": list(comparisons)}))
     return report.warnings(read_run(tmp_path))
