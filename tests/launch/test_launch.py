@@ -87,7 +87,8 @@ def test_shellcheck_has_nothing_to_say(script):
             ("2", *RUN),
             {"DEVICES": "2"},
             [
-                "env JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=2 python -u -m rest_jax "
+                "env JAX_PLATFORMS=cpu JAX_SHARE_BINARY_BETWEEN_HOSTS=true JAX_ENABLE_COMPILATION_CACHE=false "
+                "XLA_FLAGS=--xla_force_host_platform_device_count=2 python -u -m rest_jax "
                 f"{QUOTED} --coordinator_address=127.0.0.1:PORT --num_processes=2 --process_id={number}"
                 for number in range(2)
             ],
