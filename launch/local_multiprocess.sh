@@ -22,10 +22,13 @@ if [[ -z "${PORT:-}" ]]; then
     PORT=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
   fi
 fi
+# One process compiles for all: gloo gives up on a process that is 30 s late. Not with a cache of programs: a process that finds one there
+# has nothing to give, and the others wait for it.
+environment=(JAX_PLATFORMS=cpu JAX_SHARE_BINARY_BETWEEN_HOSTS=true JAX_ENABLE_COMPILATION_CACHE=false)
 flags="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=${DEVICES:-1}"
 
 command_of() { # process_id
-  command=(env JAX_PLATFORMS=cpu "XLA_FLAGS=$flags" "$python" -u -m rest_jax "${ARGUMENTS[@]:1}"
+  command=(env "${environment[@]}" "XLA_FLAGS=$flags" "$python" -u -m rest_jax "${ARGUMENTS[@]:1}"
     "--coordinator_address=127.0.0.1:$PORT" "--num_processes=$processes" "--process_id=$1")
 }
 

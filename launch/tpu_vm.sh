@@ -45,11 +45,13 @@ case "$action" in
     ;;
   install)
     require SOURCE
-    on_every_host "python3 -m venv ~/rest_jax && ~/rest_jax/bin/pip install --quiet $(quoted "$SOURCE") 'jax[tpu]'"
+    # uv brings the interpreter: that of the TPU's Ubuntu 22.04 is Python 3.10, too old for JAX.
+    on_every_host "curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 ~/rest_jax \
+&& ~/.local/bin/uv pip install --quiet --python ~/rest_jax/bin/python $(quoted "$SOURCE") 'jax[tpu]'"
     ;;
   stop)
-    # The bracket keeps pkill from finding its own shell.
-    on_every_host "touch ~/rest_jax.stopped; pkill -TERM -f -- '[-]m rest_jax' || true"
+    # The interpreter alone: the shells around it have its command line in theirs, and must live to write the exit code down.
+    on_every_host "touch ~/rest_jax.stopped; pkill -TERM -f '^[^ ]*/rest_jax/bin/python -u -m rest_jax ' || true"
     ;;
   delete)
     execute gcloud compute tpus queued-resources delete "$TPU_NAME" "${place[@]}" --force --quiet

@@ -87,7 +87,8 @@ def test_shellcheck_has_nothing_to_say(script):
             ("2", *RUN),
             {"DEVICES": "2"},
             [
-                "env JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=2 python -u -m rest_jax "
+                "env JAX_PLATFORMS=cpu JAX_SHARE_BINARY_BETWEEN_HOSTS=true JAX_ENABLE_COMPILATION_CACHE=false "
+                "XLA_FLAGS=--xla_force_host_platform_device_count=2 python -u -m rest_jax "
                 f"{QUOTED} --coordinator_address=127.0.0.1:PORT --num_processes=2 --process_id={number}"
                 for number in range(2)
             ],
@@ -108,7 +109,12 @@ def test_shellcheck_has_nothing_to_say(script):
             TPU,
             ["gcloud compute tpus queued-resources delete t --project=p --zone=z --force --quiet"],
         ),
-        ("slurm.sbatch", RUN, {}, [f"srun --kill-on-bad-exit=1 python -u -m rest_jax {QUOTED}"]),
+        (
+            "slurm.sbatch",
+            RUN,
+            {},
+            [f"srun --kill-on-bad-exit=0 --wait=900 python -u -m rest_jax {QUOTED}"],
+        ),
     ],
 )
 def test_a_dry_run_prints_what_would_be_run(script, arguments, variables, lines):
@@ -127,10 +133,16 @@ def test_a_dry_run_prints_what_would_be_run(script, arguments, variables, lines)
         (
             ("install",),
             {"SOURCE": "rest_jax @ git+https://host/x"},
-            "python3 -m venv ~/rest_jax && ~/rest_jax/bin/pip install --quiet "
+            "curl -LsSf https://astral.sh/uv/install.sh | sh && "
+            "~/.local/bin/uv venv --quiet --allow-existing --python 3.12 ~/rest_jax "
+            "&& ~/.local/bin/uv pip install --quiet --python ~/rest_jax/bin/python "
             r"rest_jax\ @\ git+https://host/x 'jax[tpu]'",
         ),
-        (("stop",), {}, "touch ~/rest_jax.stopped; pkill -TERM -f -- '[-]m rest_jax' || true"),
+        (
+            ("stop",),
+            {},
+            "touch ~/rest_jax.stopped; pkill -TERM -f '^[^ ]*/rest_jax/bin/python -u -m rest_jax ' || true",
+        ),
     ],
     ids=["run", "install", "stop"],
 )
