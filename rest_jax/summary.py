@@ -10,10 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from rest_jax.evaluation.metrics import make_metric
 from rest_jax.evaluation.significance import BootstrapResult, paired_bootstrap, paired_bootstrap_corpus
 from rest_jax.reporting.run_files import CONTROL, final_policy, is_grow
 
 VERSIONS_OF = ("rest_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sacrebleu", "sentencepiece")
+
+# sacreBLEU takes about half a millisecond each, for each of three policies.
+_CHRF_SAMPLES = 4
 
 
 def summarise(
@@ -43,7 +47,14 @@ def summarise(
     return {
         "phases": phases,
         "alarms": [alarm for name in evaluated for alarm in results[f"evaluate_{name}"].get("alarms", ())],
-        "comparisons": _comparisons(model_dir / "eval", phases, num_resamples=num_resamples, seed=seed)
+        "comparisons": _comparisons(
+            model_dir / "eval",
+            phases,
+            num_resamples=num_resamples,
+            seed=seed,
+            # Where chrF is the reward itself, or a part of it, the comparison by reward has said it.
+            samples_chrf="chrf" in facts.get("held_out_metrics", ()),
+        )
         if num_resamples
         else [],
         "signatures": signatures,
@@ -86,9 +97,10 @@ def _phase(name: str, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
 
 
 def _comparisons(
-    eval_dir: Path, phases: list[dict[str, Any]], *, num_resamples: int, seed: int
+    eval_dir: Path, phases: list[dict[str, Any]], *, num_resamples: int, seed: int, samples_chrf: bool
 ) -> list[dict[str, Any]]:
-    """The last ReST policy against BC and against its long control, by samples' reward and by corpus scores."""
+    """The last ReST policy against BC and against its long control, by samples' reward, by their chrF if so asked, and
+    by corpus scores."""
     names = [phase["name"] for phase in phases if "reward" in phase]
     last = final_policy([phase for phase in phases if "reward" in phase])
     comparisons = []
@@ -98,6 +110,10 @@ def _comparisons(
         first, second = (_source_rewards(eval_dir / f"{name}.validation.samples.jsonl") for name in (last, other))
         result = paired_bootstrap(first, second, num_resamples=num_resamples, seed=seed)
         comparisons.append(_comparison(last, other, "reward", result))
+        if samples_chrf:
+            first, second = (_source_chrf(eval_dir / f"{name}.validation.samples.jsonl") for name in (last, other))
+            result = paired_bootstrap(first, second, num_resamples=num_resamples, seed=seed)
+            comparisons.append(_comparison(last, other, "samples' chrF", result))
         hypotheses = [_column(eval_dir / f"{name}.test.jsonl", "hypothesis") for name in (last, other)]
         references = _column(eval_dir / f"{last}.test.jsonl", "reference")
         for metric in ("bleu", "chrf"):
@@ -123,6 +139,17 @@ def _comparison(a: str, b: str, metric: str, result: BootstrapResult) -> dict[st
 def _source_rewards(path: Path) -> np.ndarray:
     """`[sources]` mean reward of each source's samples."""
     return np.asarray([np.mean(rewards) for rewards in _column(path, "rewards")])
+
+
+def _source_chrf(path: Path) -> np.ndarray:
+    """`[sources]` mean chrF of each source's first samples: as the reward, of samples, so as sensitive as it is."""
+    chrf = make_metric("chrf")
+    return np.asarray(
+        [
+            np.mean([chrf.sentence_score(sample, [reference]).score for sample in samples[:_CHRF_SAMPLES]])
+            for samples, reference in zip(_column(path, "samples"), _column(path, "reference"), strict=True)
+        ]
+    )
 
 
 def _column(path: Path, name: str) -> list[Any]:

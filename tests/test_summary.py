@@ -30,7 +30,8 @@ def evaluation(model_dir, name, *, mean, errors):
     hypotheses = [" ".join(["x\u2028"] * errors + text.split()[errors:]) for text in references]
     write_lines(
         model_dir / "eval" / f"{name}.validation.samples.jsonl",
-        [{"source_id": i, "source": "s", "reference": "r", "samples": ["a"] * SAMPLES, "rewards": row.tolist()}
+        [{"source_id": i, "source": "s", "reference": references[i], "samples": [hypotheses[i]] * SAMPLES,
+          "rewards": row.tolist()}
          for i, row in enumerate(rewards)],
     )  # fmt: skip
     write_lines(
@@ -66,9 +67,14 @@ def run(tmp_path):
     return tmp_path, results, files
 
 
-def summary_of(run, *, num_resamples=200, results=None):
+def summary_of(run, *, num_resamples=200, results=None, held_out=()):
     model_dir, marks, _ = run
-    facts = {"task": "demo", "parameters": 7, "mesh": {"replica": 1, "data": 1, "model": 1}}
+    facts = {
+        "task": "demo",
+        "parameters": 7,
+        "mesh": {"replica": 1, "data": 1, "model": 1},
+        "held_out_metrics": list(held_out),
+    }
     return summarise(
         model_dir, marks if results is None else results, num_resamples=num_resamples, seed=0, facts=facts
     )  # fmt: skip
@@ -95,7 +101,7 @@ def test_a_policys_reward_is_the_mean_of_its_file(run):
     for phase in summary_of(run)["phases"]:
         if phase["name"] in POLICIES:
             path = run[0] / "eval" / f"{phase['name']}.validation.samples.jsonl"
-            rewards = [json.loads(line)["rewards"] for line in path.read_text(encoding="utf-8").splitlines()]
+            rewards = [json.loads(line)["rewards"] for line in path.read_text(encoding="utf-8").split("\n") if line]
             np.testing.assert_allclose(phase["reward"], np.mean(rewards), rtol=1e-12)
 
 
@@ -120,6 +126,20 @@ def test_the_last_rest_policy_is_compared_with_bc_and_with_the_control(run):
             found = comparisons["improve_1.1", other, metric]
             np.testing.assert_allclose(found["difference"], scores[0] - scores[1], rtol=1e-9)
             assert found["low"] <= found["difference"] <= found["high"]
+
+
+def test_where_chrf_is_held_out_of_the_reward_samples_are_compared_by_it(run):
+    comparisons = {(c["b"], c["metric"]): c for c in summary_of(run, held_out=("bleu", "chrf"))["comparisons"]}
+    for other in ("bc", "bc_long"):
+        _, references, _ = run[2][other]
+        means = [
+            np.mean([CHRF().sentence_score(h, [r]).score for h, r in zip(run[2][name][2], references, strict=True)])
+            for name in ("improve_1.1", other)
+        ]
+        found = comparisons[other, "samples' chrF"]
+        np.testing.assert_allclose(found["difference"], means[0] - means[1], rtol=1e-9)
+        assert 0 < found["low"] <= found["difference"] <= found["high"]
+    assert "samples' chrF" not in {c["metric"] for c in summary_of(run, held_out=("bleu", "ter"))["comparisons"]}
 
 
 def test_alarms_of_all_steps_stand_together(run):
