@@ -90,7 +90,7 @@ def compile_row(model: str, chip: str, scale: str, phase: str, *, effort: float)
         if phase == "improve":
             bindings |= {
                 "REMAT_POLICY": "'full'",
-                "partitioning.standard_logical_axis_rules.parameter_partitioning_dims": 2,
+                "PARAMETER_PARTITIONING_DIMS": 2,
             }
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "found.json"
