@@ -43,17 +43,17 @@ def main() -> None:
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--chips", nargs="+", default=list(TOPOLOGIES), choices=TOPOLOGIES)
-    parser.add_argument("--scales", nargs="+", default=["host", "slice", "slices"])
+    parser.add_argument("--scales", nargs="+", default=["slice", "host", "slices"])
     parser.add_argument("--phases", nargs="+", default=["grow", "improve"], choices=["grow", "improve"])
-    parser.add_argument("--effort", type=float, default=-1.0, help="the compiler's; see `compile --help`")
+    parser.add_argument("--effort", type=float, default=0.0, help="the compiler's; less makes other, slower programs")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     found: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     wanted = [
         (model, chip, scale, phase)
         for scale in options.scales
-        for model in options.models
         for chip in options.chips
+        for model in options.models
         for phase in options.phases
         if "/".join((model, chip, scale, phase)) not in found
     ]
