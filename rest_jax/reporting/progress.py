@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO
 
 _BAR_WIDTH = 40
+_SAME_MOMENT = 0.01  # seconds
 
 
 def format_duration(seconds: float) -> str:
@@ -132,6 +133,7 @@ class ProgressLine:
         self._step = done
         self._chrono = Chrono(clock=self._clock)
         self._reported_at = 0.0
+        self._period: tuple[float, int, float] | None = None  # seconds, tokens and FLOP of the last report
         self._first_report: tuple[int, float] | None = None  # (step, seconds) where the ETA's rate begins
 
     @contextlib.contextmanager
@@ -155,6 +157,13 @@ class ProgressLine:
         """
         seconds = self._chrono.seconds()
         since_report = max(seconds - self._reported_at, 1e-9)
+        if since_report < _SAME_MOMENT and self._period is not None:
+            # Fetched together with the report before: one period, whose rate is that of both.
+            before, tokens_before, flops_before = self._period
+            since_report += before
+            tokens = None if tokens is None else tokens + tokens_before
+            flops = None if flops is None else flops + flops_before
+        self._period = (since_report, tokens or 0, flops or 0.0)
         remaining = None
         if step >= self._total:
             remaining = 0.0

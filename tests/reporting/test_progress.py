@@ -93,6 +93,15 @@ def test_eta_and_rate_leave_out_the_first_report_and_pauses(clock):
     ]
 
 
+def test_reports_of_the_same_moment_share_their_period(clock):
+    stream = io.StringIO()
+    progress = ProgressLine("grow 1/1", 3, stream=stream, clock=clock)
+    for seconds, tokens in ((30, 300), (4, 400), (0.0001, 100)):
+        clock.now += seconds
+        progress.advance(1, tokens=tokens)
+    assert [line.split(" | ")[2] for line in stream.getvalue().splitlines()] == ["10 tok/s", "100 tok/s", "125 tok/s"]
+
+
 def test_a_resumed_phase_counts_only_its_own_steps(clock):
     stream = io.StringIO()
     progress = ProgressLine("grow 1/1", stream=stream, clock=clock)
