@@ -8,7 +8,7 @@ import jax
 from rest_jax import training as training_lib
 from rest_jax.models.encoder_decoder import EncoderDecoderModel
 from rest_jax.rest import Runner
-from rest_jax.sampling import memory
+from rest_jax.sampling import memory, sampling_shapes
 
 MIB = 2**20
 
@@ -32,7 +32,10 @@ def describe(runner: Runner) -> str:
             f"on each device {(params[1] + optimizer[1]) / MIB:.1f} MiB"
         )
     if isinstance(config.model, EncoderDecoderModel):
-        for name, sampling in (("grow", config.growing.sampling), ("evaluate", config.evaluation.sampling)):
+        for name, sampling, shapes in (
+            ("grow", config.growing.sampling, sampling_shapes(config.model, runner.abstract_params)),
+            ("evaluate", config.evaluation.sampling, runner.abstract_params),
+        ):
             plan = memory.plan(
                 config.model.module.config,
                 batch=sampling.sources_per_chunk,
@@ -43,6 +46,7 @@ def describe(runner: Runner) -> str:
                 beam_size=sampling.beam_size,
                 cache_dtype=sampling.cache_dtype,
                 mesh=config.partitioner.mesh,
+                kernel_dtype=memory.kernel_dtype(shapes),
                 reward_bytes=runner.reward_bytes,
             )
             lines.append(f"sampling    {name}: {plan}")

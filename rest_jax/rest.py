@@ -46,6 +46,7 @@ from rest_jax.reporting.report import write_report
 from rest_jax.reporting.run_files import AUDIT
 from rest_jax.reporting.table import format_table
 from rest_jax.rewards.base import Reward, RewardParams, check_comparable, check_reward, leaves
+from rest_jax.sampling import sampling_shapes
 from rest_jax.summary import summarise
 
 Params = Any
@@ -346,12 +347,15 @@ class Runner:
         mark = mark_path(self.model_dir, phase)
         return json.loads(mark.read_text()) if mark.exists() else None
 
-    def policy(self, name: str) -> Params:
-        """The parameters that a finished training phase kept: its best checkpoint's."""
+    def policy(self, name: str, *, shapes: Params | None = None) -> Params:
+        """The parameters that a finished training phase kept, its best checkpoint's, in the types of `shapes` (None:
+        the model's own)."""
         result = json.loads(self._policy_mark(name).read_text())
         directory = checkpointer.step_directory(phase_directory(self.model_dir, name), result["best_step"])
         return checkpointer.load_params(
-            str(directory), abstract_params=self.abstract_params, partitioner=self.config.partitioner
+            str(directory),
+            abstract_params=self.abstract_params if shapes is None else shapes,
+            partitioner=self.config.partitioner,
         )
 
     # One method per kind of phase; each returns what goes into the commit mark.
@@ -389,7 +393,7 @@ class Runner:
             directory=phase_directory(self.model_dir, phase.name),
             growing=config.growing,
             program=self._grow_program,
-            params=self.policy(phase.policy),
+            params=self.policy(phase.policy, shapes=sampling_shapes(config.model, self.abstract_params)),
             reward_params=self.reward_params,
             policy_step=json.loads(self._policy_mark(phase.policy).read_text())["best_step"],
             dataset=self.train_set,

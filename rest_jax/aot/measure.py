@@ -216,6 +216,7 @@ def _plan(program: Program, *, model: Any, lengths: dict[str, int]) -> memory.Pl
         beam_size=sampling.beam_size,
         cache_dtype=sampling.cache_dtype,
         mesh=program.partitioner.mesh,
+        kernel_dtype=memory.kernel_dtype(program.arguments[0]),
     )
 
 

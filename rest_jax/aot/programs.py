@@ -14,7 +14,7 @@ from rest_jax.grow import compile_grow
 from rest_jax.models.initial_params import initial_params
 from rest_jax.partitioning import Partitioner
 from rest_jax.rest import ReST
-from rest_jax.sampling import Sampling
+from rest_jax.sampling import Sampling, sampling_shapes
 from rest_jax.sampling.scored import compile_sample_and_score
 from rest_jax.training import Training, compile_train_step, initial_state
 
@@ -79,7 +79,9 @@ def programs(config: ReST, *, phases: tuple[str, ...] = PHASES) -> list[Program]
             partitioner=config.partitioner,
             max_length=config.data.lengths["targets"],
         )
-        made.append(_sample(config, "grow", "grow", config.growing.sampling, jitted, params))
+        made.append(
+            _sample(config, "grow", "grow", config.growing.sampling, jitted, sampling_shapes(config.model, params))
+        )
     if "improve" in phases and config.grow_steps and config.improve_steps:
         made.append(_train(config, "improve", config.improving.training, params))
     if "evaluate" in phases:

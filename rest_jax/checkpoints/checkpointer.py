@@ -123,14 +123,14 @@ def save_params(directory: Path, params: Tree, *, dtype: str | None = None, proc
 
 
 def load_params(path: str, *, abstract_params: Tree, partitioner: Partitioner) -> Tree:
-    """Parameters from a checkpoint of any format, as float32 on the mesh. Each process reads its devices' parts.
+    """Parameters from a checkpoint of any format, on the mesh. Each process reads its devices' parts.
 
     Layers that are scanned in the model and separate in the checkpoint, or the other way round, are converted; so are
     the attention kernels of T5X's scalable_t5, in which heads have a dimension of their own.
 
     Args:
       path: see `formats.find_checkpoint`.
-      abstract_params: the model's own tree of shapes.
+      abstract_params: the model's own tree of shapes, and the types to be read as.
       partitioner: where the parameters go.
 
     Raises:

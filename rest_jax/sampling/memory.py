@@ -109,6 +109,7 @@ def plan(
     beam_size: int = 0,
     cache_dtype: str | None = None,
     mesh: Mesh | None = None,
+    kernel_dtype: Any = "float32",
     reward_bytes: int = 0,
     budget: int | None = None,
 ) -> Plan:
@@ -123,6 +124,7 @@ def plan(
       beam_size: of beam search, whose hypotheses all have a slot; 0 for samples.
       cache_dtype: of the self-attention cache; None for the activations'.
       mesh: of the shards; None for the first device alone.
+      kernel_dtype: of the layers' parameters, see `t5.narrow_kernels`.
       reward_bytes: what the parameters of a reward take of each device.
       budget: bytes on each; None for what the device has (`device_bytes`).
 
@@ -150,6 +152,7 @@ def plan(
             source_length=source_length,
             max_length=max_length,
             cache_dtype=cache_dtype or config.dtype,
+            kernel_dtype=kernel_dtype,
             model_parallel=model_parallel,
         )
         if reward_bytes:
@@ -173,6 +176,16 @@ def plan(
         "sources_per_chunk (SOURCES_PER_CHUNK), fewer slots, a narrower cache_dtype, shorter lengths, or split the "
         "model over more devices (MODEL_PARALLEL)."
     )
+
+
+def kernel_dtype(params: Any) -> Any:
+    """The type of the layers' kernels in T5X's tree, or in one of its shapes."""
+    kernels = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params["encoder"])
+        if path[-1] == jax.tree_util.DictKey("kernel")
+    ]
+    return kernels[0].dtype
 
 
 def device_bytes(device: Any) -> int:
@@ -222,6 +235,7 @@ def _bytes(
     source_length: int,
     max_length: int,
     cache_dtype: str,
+    kernel_dtype: Any,
     model_parallel: int,
 ) -> dict[str, int]:
     """Bytes on one device, by what they are for."""
@@ -239,7 +253,7 @@ def _bytes(
     encoding += batch * config.num_heads * source_length**2 * 4
     columns = cache_lib.num_columns(max_length, max_blocks=layout.cache_blocks)
     shared = {
-        "parameters": 4 * (encoder + decoder + embeddings),
+        "parameters": jnp.dtype(kernel_dtype).itemsize * (encoder + decoder) + 4 * embeddings,
         "weights packed for decoding": item * decoder + 4 * vocab * config.emb_dim,
         "sources": batch * source_length * per_token * item,
         "sources in groups": layout.groups * layout.places * source_length * per_token * item,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from rest_jax.data.vocabulary import eos_id_of
+from rest_jax.models import t5
 from rest_jax.models.encoder_decoder import EncoderDecoderModel
 from rest_jax.partitioning import BATCH_AXES
 from rest_jax.sampling import decoder, memory, t5x_model
@@ -35,6 +36,13 @@ def source_keys(*, seed: jax.Array | int, stream: jax.Array | int, source_ids: j
     """
     base = jax.random.fold_in(jax.random.key(seed), stream)
     return jax.vmap(jax.random.fold_in, (None, 0))(base, source_ids.astype(jnp.uint32))
+
+
+def sampling_shapes(model: Any, shapes: Any) -> Any:
+    """The tree of shapes of `model`'s parameters in the types that `decode` needs of a policy which only samples."""
+    if not isinstance(model, EncoderDecoderModel):
+        return shapes  # of T5X's own, whose modules are not ours to know
+    return t5.narrow_kernels(shapes, model.module.config)
 
 
 def decode(
@@ -114,6 +122,7 @@ def decode(
         beam_size=beam_size,
         cache_dtype=cache_dtype,
         mesh=mesh,
+        kernel_dtype=memory.kernel_dtype(params),
         reward_bytes=reward_bytes,
     )
     _log.info("sampling: %s", plan)

@@ -39,6 +39,14 @@ def test_a_rewards_parameters_take_their_place():
     assert "reward's parameters 450" in str(beside) and "reward's" not in str(alone)
 
 
+def test_narrow_parameters_leave_room_for_slots():
+    budget = memory.plan(CONFIG, **REQUEST, kernel_dtype="bfloat16", slots=256, budget=2**50).total
+    wide, narrow = (
+        memory.plan(CONFIG, **REQUEST, kernel_dtype=dtype, budget=budget) for dtype in ("float32", "bfloat16")
+    )
+    assert narrow.parts["parameters"] < wide.parts["parameters"] and wide.layout.slots < narrow.layout.slots == 256
+
+
 def test_narrow_caches_and_more_devices_take_less():
     def cache(**settings):
         return memory.plan(CONFIG, **REQUEST, **settings, slots=256, budget=2**50).parts["self-attention cache"]

@@ -1,5 +1,6 @@
 """Samples: their log-probabilities, their form, and what they are a function of."""
 
+import dataclasses
 import functools
 import re
 
@@ -10,7 +11,7 @@ import pytest
 import scipy.stats
 
 from rest_jax.partitioning import Partitioner, make_mesh
-from rest_jax.sampling import LogitProcessing
+from rest_jax.sampling import LogitProcessing, sampling_shapes
 from rest_jax.sampling.sampler import decode, source_keys
 from tests.sampling.conftest import EMBEDDING, VOCAB, compiled_decode, make_tiny, padded_sources
 
@@ -140,6 +141,22 @@ def assert_same(samples, expected):
 def take(samples, index):
     """Some of the samples; what decoding took is all samples' together."""
     return jax.tree.map(lambda leaf: leaf[index], samples.replace(slot_steps=None))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_policy_that_only_samples_may_be_narrow(scan_layers):
+    half = make_tiny(dtype="bfloat16", scan_layers=scan_layers)
+    shapes = sampling_shapes(half.model, half.params)
+    narrow = dataclasses.replace(
+        half, params=jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), half.params, shapes)
+    )
+    types = {leaf.dtype for leaf in jax.tree.leaves(narrow.params["decoder"])}
+    assert types == {jnp.dtype("bfloat16"), jnp.dtype("float32")}  # kernels; scales, logits and biases of positions
+    samples, expected = (draw_samples(each, padded_sources(LENGTHS), SOURCE_IDS) for each in (narrow, half))
+    np.testing.assert_array_equal(samples.tokens, expected.tokens)
+    np.testing.assert_array_equal(samples.log_probs, expected.log_probs)
+    whole = make_tiny(scan_layers=scan_layers)
+    assert sampling_shapes(whole.model, whole.params) == jax.eval_shape(lambda: whole.params)
 
 
 def test_the_same_call_gives_the_same_bits(tiny, drawn):
