@@ -40,7 +40,7 @@ def _equation(equation: core.JaxprEqn) -> Flops:
         return Flops(0.0, (body.once, *body.loops))
     if name == "cond":
         return max((count(branch.jaxpr) for branch in parameters["branches"]), key=lambda each: each.once)
-    inside = sum((count(each) for each in _jaxprs(parameters)), Flops())
+    inside = sum((count(each) for each in inner_jaxprs(parameters)), Flops())
     if name == "scan":
         return Flops(inside.once * parameters["length"], inside.loops)
     if name == "shard_map":  # shapes inside are one shard's
@@ -53,7 +53,8 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return tuple(variable.aval.shape)
 
 
-def _jaxprs(parameters: dict[str, Any]) -> list[core.Jaxpr]:
+def inner_jaxprs(parameters: dict[str, Any]) -> list[core.Jaxpr]:
+    """The programs among an equation's parameters."""
     values = [each for value in parameters.values() for each in (value if isinstance(value, tuple) else (value,))]
     return [each.jaxpr if isinstance(each, core.ClosedJaxpr) else each for each in values if _is_jaxpr(each)]
 

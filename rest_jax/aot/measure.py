@@ -10,7 +10,7 @@ import jax
 
 from rest_jax import chips
 from rest_jax.aot import flops as flops_lib
-from rest_jax.aot import hlo
+from rest_jax.aot import hlo, values
 from rest_jax.aot.programs import Program
 from rest_jax.models.encoder_decoder import EncoderDecoderModel
 from rest_jax.partitioning import path_name
@@ -49,7 +49,8 @@ class Measured:
       hbm: bytes that there are.
       arguments, outputs, temporaries, code, total: bytes that it takes; outputs without those that reuse an argument's
         memory. Where it does not fit, the total is what the compiler asked for, None if it did not say.
-      buffers: (what, bytes), the largest first: named by the compiler where it failed, else the arguments.
+      buffers: (what, bytes), the largest first: where it failed named by the compiler, or if it gave
+        no list the traced program's; else the arguments.
       sampling_parts: (what, bytes) of the memory plan of sampling.
       slots: of each data shard; None for a train step.
       samples, tokens: that one call draws or trains on, on all devices, at most.
@@ -129,7 +130,7 @@ def measure(program: Program, *, model: Any, lengths: dict[str, int]) -> Measure
             compile_seconds=time.monotonic() - started,
             total=needed,
             arguments=sum(size for _, size in _arguments(program)),
-            buffers=buffers or _arguments(program)[:6],
+            buffers=buffers or _largest(program, traced.jaxpr.jaxpr),
         )
     seconds = time.monotonic() - started
     slices = {getattr(each, "slice_index", 0) for each in mesh.devices.flat}
@@ -233,6 +234,12 @@ def _steps(program: Program, *, slots: int, lengths: dict[str, int]) -> int:
     if program.sampling.beam_size:
         return lengths["targets"]
     return math.ceil(sources * program.sampling.num_samples * lengths["targets"] / slots)
+
+
+def _largest(program: Program, jaxpr: Any) -> tuple[tuple[str, int], ...]:
+    """Arguments and the program's own values together."""
+    made = values.largest(jaxpr, shards=program.partitioner.num_batch_shards)
+    return tuple(sorted((*made, *_arguments(program)), key=lambda item: -item[1])[:6])
 
 
 def _arguments(program: Program) -> tuple[tuple[str, int], ...]:

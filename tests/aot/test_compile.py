@@ -10,7 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rest_jax import chips, cli
-from rest_jax.aot import auto, hlo, measure, stand_in, topology
+from rest_jax.aot import auto, hlo, measure, stand_in, topology, values
 from rest_jax.errors import UserError
 from rest_jax.partitioning import devices_of_trace, make_mesh, trace_mesh
 from rest_jax.rewards.chrf import ChrF
@@ -47,6 +47,21 @@ def test_what_the_compiler_says_when_it_runs_out_of_memory():
     assert buffers[0][0].startswith("f32[32768,65536]")
     short = "the total memory required for HLO temporaries (20.00G) exceeds available HBM (15.75G)."
     assert measure.read_out_of_memory(short) == (20 * 2**30, ())
+
+
+def test_the_largest_values_stand_for_a_list_that_the_compiler_did_not_give():
+    @jax.jit
+    def f(kernels, x):
+        return jax.value_and_grad(lambda k: jnp.sum(jax.lax.scan(lambda x, k: (jnp.tanh(x @ k), None), x, k)[0]))(
+            kernels
+        )
+
+    traced = f.trace(jnp.zeros((6, 32, 32)), jnp.zeros((4096, 32)))
+    found = values.largest(traced.jaxpr.jaxpr, shards=4, count=3)
+    # What the loop keeps of each of its 6 steps for the backward pass; then one step's activations.
+    assert found[0] == ("float32[6,4096,32] of scan, over 4 data shards", 6 * 4096 * 32 * 4 // 4)
+    assert found[1][0].startswith("float32[4096,32] of ") and found[1][1] == 4096 * 32
+    assert [size for _, size in found] == sorted((size for _, size in found), reverse=True)
 
 
 def test_chips_are_told_apart_by_their_kind():
