@@ -26,7 +26,7 @@ class Choice:
     def __str__(self) -> str:
         if self.phase in ("grow", "evaluate"):
             return f"MODEL_PARALLEL={self.model_parallel}, slots={self.slots or 'as planned'}"
-        sharded = ", parameter_partitioning_dims=2" if self.shards_parameters else ""
+        sharded = ", PARAMETER_PARTITIONING_DIMS=2" if self.shards_parameters else ""
         return f"MODEL_PARALLEL={self.model_parallel}{sharded}"
 
 

@@ -67,8 +67,8 @@ def advice(measured: Measured, *, is_training: bool) -> str:
     """What to change where a program does not fit."""
     if is_training:
         return (
-            "more MICROBATCHES; REMAT_POLICY = 'full'; partitioning.standard_logical_axis_rules."
-            "parameter_partitioning_dims = 2 (parameters and optimiser state over 'data'); a larger MODEL_PARALLEL"
+            "more MICROBATCHES; REMAT_POLICY = 'full'; PARAMETER_PARTITIONING_DIMS = 2 "
+            "(parameters and optimiser state over 'data'); a larger MODEL_PARALLEL"
         )
     return (
         f"fewer scored.Sampling.slots (now {measured.slots}); a smaller SOURCES_PER_CHUNK; a narrower "
