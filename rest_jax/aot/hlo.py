@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota")
@@ -27,7 +28,9 @@ _LITERAL = re.compile(r"^\s*(\d+)\s*$")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
-_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:\{[^{}]*\})? \{([^{}]*)\}")
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:\{[^{}]*\})?(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^{}]*)\}"
+)
 _PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -337,20 +340,24 @@ def _updated(body: _Computation) -> dict[str, int]:
 def _group(attributes: str) -> list[int]:
     """Numbers of the first group of devices that exchange with each other."""
     if found := _IOTA_GROUPS.search(attributes):
-        groups, size = int(found[1]), int(found[2])
-        dims = [int(dim) for dim in found[3].split(",")]
-        numbers = np.arange(math.prod(dims)).reshape(dims)
-        if found[4]:
-            numbers = numbers.transpose([int(axis) for axis in found[4].split(",")])
-        return [int(number) for number in numbers.reshape(groups, size)[0]]
+        numbers = _device_numbers(found[3], found[4]).reshape(int(found[1]), int(found[2]))
+        return [int(number) for number in numbers[0]]
     if found := _MESH_GROUPS.search(attributes):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        exchanged = re.findall(r"'(\w+)'", found[2])
-        numbers = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
+        exchanged = re.findall(r"'(\w+)'", found[4])
+        numbers = _device_numbers(found[2] or str(math.prod(axes.values())), found[3]).reshape(tuple(axes.values()))
         first = tuple(slice(None) if name in exchanged else 0 for name in axes)
         return [int(number) for number in numbers[first].ravel()]
     if found := _LISTED_GROUPS.search(attributes):
         return [int(number) for number in found[1].split(",")]
     if found := _PAIRS.search(attributes):
         return [int(found[1]), int(found[2])]
-    return []
+    # Counted as one device it would take no time.
+    raise ValueError(f"Which devices exchange is written in a way that is not known here: {attributes}")
+
+
+def _device_numbers(dims: str, order: str | None) -> npt.NDArray[np.int64]:
+    """`[2,4]T(1,0)`: numbers from 0 in an array of these dimensions, transposed."""
+    sizes = [int(size) for size in dims.split(",")]
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    return numbers.transpose([int(axis) for axis in order.split(",")]) if order else numbers
