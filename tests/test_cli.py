@@ -244,8 +244,8 @@ def test_a_step_that_fools_its_reward_raises_an_alarm(
     assert [line[line.index("ALARM") :].split(" got worse")[0] for line in said] == [
         f"ALARM: from bc to improve_1.1 the reward rose from 0.0000 to {_reward(run, 'improve_1.1'):.4f}, but test "
         f"{metric}, which is no part of it,"
-        for metric in ("BLEU", "TER")
-    ]  # chrF is the reward
+        for metric in ("BLEU", "TER") * 2
+    ]  # when it was evaluated, and under the table; chrF is the reward
     summary = json.loads((run / "summary.json").read_text())
     assert [alarm["metric"] for alarm in summary["alarms"]] == summary["held_out_metrics"] == ["bleu", "ter"]
     assert cli.main(["report", str(run)]) == 0
@@ -257,14 +257,19 @@ def test_audit_reward_of_a_run_and_of_files(
     finished: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "audit.json"
-    assert cli.main(["audit_reward", f"--model_dir={finished}", "--num_pairs=6", f"--output={output}"]) == 0
-    said, result = capsys.readouterr().out, json.loads(output.read_text())
-    assert result["base"] == "hypothesis" and 0 < result["pairs"] <= 6  # chrF reads references
-    assert said.startswith("Audit of chrf: ") and "\nwrong language " in said
-    sources, references = tmp_path / "de", tmp_path / "en"
-    for path, column in ((sources, 0), (references, 1)):
-        path.write_text("".join(line.split("\t")[column] + "\n" for line in pairs(4)), encoding="utf-8")
+    sources, references, hypotheses = tmp_path / "de", tmp_path / "en", tmp_path / "hypotheses"
+    sources.write_text("Gott sprach.\n" * 3 + "So " * 200 + "\n", encoding="utf-8")
+    references.write_text("And God said.\n" * 4, encoding="utf-8")
+    hypotheses.write_text("So God.\nThe day.\nAnd he.\nGod.\n", encoding="utf-8")
     texts = [f"--sources={sources}", f"--references={references}"]
+    audit_reward = ["audit_reward", f"--model_dir={finished}", *texts]
+    assert cli.main([*audit_reward, f"--hypotheses={hypotheses}", f"--output={output}"]) == 0
+    said, result = capsys.readouterr().out, json.loads(output.read_text())
+    assert (result["base"], result["pairs"], result["too_long"]) == ("hypothesis", 3, 1)  # chrF reads references
+    assert said.startswith("Audit of chrf: ") and "\nwrong language " in said
+    # BC's own samples, none of which this policy has ended.
+    assert cli.main(["audit_reward", f"--model_dir={finished}"]) == 2
+    assert "none fits into" in capsys.readouterr().err
     for arguments, words in (
         (texts, "--hypotheses"),
         (texts[:1], "belong together"),
