@@ -86,6 +86,7 @@ def test_every_layout_trains_as_one_device_does(layout, single_device):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, expected)
 
 
+@pytest.mark.slow
 def test_scanned_layers_train_on_a_mesh_as_on_one_device():
     config = dataclasses.replace(
         CONFIG, num_encoder_layers=2, scan_layers=True, remat_policy="minimal", relative_bias_per_layer=True

@@ -149,7 +149,13 @@ def assert_same_samples(found: ScoredStore, store: ScoredStore) -> None:
 
 
 @pytest.mark.parametrize(
-    "reward", [SUM, Min((ChrF(), BLEU())), MeanOfRanks((BLEU(), ChrF())), ChrF()], ids=lambda reward: reward.name
+    "reward",
+    [
+        SUM,
+        MeanOfRanks((BLEU(), ChrF())),
+        *(pytest.param(reward, marks=pytest.mark.slow) for reward in (Min((ChrF(), BLEU())), ChrF())),
+    ],
+    ids=lambda reward: reward.name,
 )
 def test_a_new_combination_of_what_is_stored_needs_no_tokens(tmp_path, config, reward):
     store = write_store(tmp_path / "grow_1", SUM, threshold=0.4)  # dropped samples count in ranks too

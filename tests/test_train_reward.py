@@ -169,6 +169,7 @@ def test_it_learns_what_the_ratings_say_and_writes_a_reward(trained):
     assert good > bad + 0.3
 
 
+@pytest.mark.slow
 def test_a_stopped_training_ends_with_the_same_reward(trained, table, tmp_path):
     directory, _, printed = trained
     asked = iter(range(1000))

@@ -106,8 +106,8 @@ def value_gradient_and_kept_bytes(policy, scan):
     return value, gradient, _kept_bytes(of, params)
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["separate", "scanned"])
-@pytest.mark.parametrize("policy", ["minimal", "full"])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True], ids=["separate", "scanned"])
+@pytest.mark.parametrize("policy", ["minimal", pytest.param("full", marks=pytest.mark.slow)])
 def test_rematerialisation_changes_no_value_and_keeps_less(policy, scan):
     expected, expected_gradient, kept = value_gradient_and_kept_bytes("none", scan)
     found, gradient, kept_by_remat = value_gradient_and_kept_bytes(policy, scan)

@@ -140,7 +140,9 @@ def test_odd_texts_score_as_in_sacrebleu(small_vocabulary, reward):
 
 
 @all_rewards
-@pytest.mark.parametrize("characters", [128, 129, 256, 257, 512, 513, 900])
+@pytest.mark.parametrize(
+    "characters", [129, 256, *(pytest.param(width, marks=pytest.mark.slow) for width in (128, 257, 512, 513, 900))]
+)
 def test_every_width_gives_the_same_scores(reward, small_vocabulary, characters):
     """Texts on either side of the widths for which the program has branches, with the longest text in either role."""
     rng = random.Random(characters)

@@ -78,7 +78,13 @@ LONGEST = longest(GOLDEN["texts"])
 
 
 @pytest.mark.parametrize(
-    ("version", "with_reference", "count"), [("24", False, 8), ("24", True, 3), ("23", False, 3), ("23", True, 3)]
+    ("version", "with_reference", "count"),
+    [
+        ("24", False, 8),
+        pytest.param("24", True, 3, marks=pytest.mark.slow),
+        pytest.param("23", False, 3, marks=pytest.mark.slow),
+        ("23", True, 3),
+    ],
 )
 def test_rewards_are_those_of_pytorch(version, with_reference, count):
     reward = dataclasses.replace(METRICX, version=version, with_reference=with_reference)

@@ -131,6 +131,7 @@ def test_attention_does_not_depend_on_groups_of_heads(dtype):
         np.testing.assert_allclose(read(groups), read(None), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_program_of_a_position_does_not_grow_with_the_number_of_scanned_layers():
     def program_size(layers, scan):
         tiny = make_tiny(num_decoder_layers=layers, scan_layers=scan)

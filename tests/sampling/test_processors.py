@@ -70,7 +70,10 @@ def exact_distribution(logits, processing):
     return p
 
 
-@pytest.mark.parametrize("name", PROCESSINGS)
+# 'all' goes through every step; the others are told apart by the long tests.
+@pytest.mark.parametrize(
+    "name", [name if name in ("plain", "all") else pytest.param(name, marks=pytest.mark.slow) for name in PROCESSINGS]
+)
 def test_a_million_draws_follow_the_exact_distribution(name):
     processing, logits = PROCESSINGS[name], logits_with_masked_tokens()
     probabilities = exact_distribution(logits, processing)

@@ -85,8 +85,8 @@ ORDERS = {"reversed": np.arange(NUM_SOURCES)[::-1], "shuffled": np.random.defaul
     "how",
     [
         {"slots": 64},
-        {"slots": 100, "order": ORDERS["shuffled"]},
-        {"order": ORDERS["reversed"], "devices": 2},
+        pytest.param({"slots": 100, "order": ORDERS["shuffled"]}, marks=pytest.mark.slow),
+        pytest.param({"order": ORDERS["reversed"], "devices": 2}, marks=pytest.mark.slow),
         {"order": ORDERS["shuffled"], "devices": 8},
     ],
     ids=["64 slots", "100 slots, shuffled", "2 devices, reversed", "8 devices, shuffled"],
