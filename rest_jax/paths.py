@@ -50,8 +50,8 @@ def _in_bucket(text: str) -> Path:
         raise UserError(f"{text!r} names no bucket; write {BUCKET_PREFIX}BUCKET/FOLDER.")
     # epath would import TensorFlow where it is installed, and use its own way to buckets.
     os.environ.setdefault("EPATH_USE_TF", "0")
-    import fsspec.config  # type: ignore[import-untyped]
-    from etils import epath  # type: ignore[import-untyped]
+    import fsspec.config
+    from etils import epath
 
     # Other processes, and TensorStore in this one, write where gcsfs has listed before: it must look again.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)

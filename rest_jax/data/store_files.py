@@ -79,7 +79,7 @@ def _open_file(path: Path) -> pa.RecordBatchFileReader:
 
 
 def read_batch(path: Path, promise: Mapping[str, Any] | None = None) -> pa.RecordBatch:
-    """Maps a file's one record batch (a bucket's is read) and checks it against its metadata, and DONE's `promise` if any.
+    """Maps a file's one record batch, or reads a bucket's, checked against its metadata and DONE's `promise` if any.
 
     Raises:
       UserError: missing, truncated, damaged or another file; the message names it.
