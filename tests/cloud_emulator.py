@@ -1,6 +1,7 @@
 """A Google Cloud Storage of one's own on this machine (gcp-storage-emulator), in memory, with one bucket."""
 
 import contextlib
+import logging
 import os
 import socket
 import subprocess
@@ -8,6 +9,8 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from http import HTTPStatus
+from typing import Any
 
 import pytest
 
@@ -21,10 +24,7 @@ def emulator() -> Iterator[dict[str, str]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host=127.0.0.1", f"--port={port}"]
-    server = subprocess.Popen(
-        [*command, "--in-memory", f"--default-bucket={BUCKET}", "--quiet"], stderr=subprocess.PIPE
-    )
+    server = subprocess.Popen([sys.executable, __file__, str(port)], stderr=subprocess.PIPE)
     try:
         _wait_for(address, server)
         yield {
@@ -55,6 +55,28 @@ def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
             time.sleep(0.05)
 
 
+def serve(port: int) -> None:
+    """What the emulator leaves out: downloads name the object's generation, and one that the client has is not sent."""
+    from gcp_storage_emulator import server
+    from gcp_storage_emulator.handlers import objects
+
+    download = objects.download
+
+    def with_generation(request: Any, response: Any, storage: Any, *args: Any, **kwargs: Any) -> None:
+        download(request, response, storage, *args, **kwargs)
+        if response.status >= 300:
+            return
+        generation = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])["generation"]
+        if request.query.get("ifGenerationNotMatch") == [generation]:
+            response.status = HTTPStatus.NOT_MODIFIED
+            response.write_file(b"")
+        response["X-Goog-Generation"] = generation
+
+    objects.download = with_generation
+    logging.disable()
+    server.create_server("127.0.0.1", port, True, BUCKET).run()
+
+
 @contextlib.contextmanager
 def this_process_in(environment: dict[str, str]) -> Iterator[None]:
     """Sets the environment for this process too, and forgets which file systems it has used."""
@@ -73,3 +95,7 @@ def this_process_in(environment: dict[str, str]) -> Iterator[None]:
         yield
     forget()
     os.environ.pop("EPATH_USE_TF", None)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

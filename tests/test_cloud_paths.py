@@ -30,6 +30,8 @@ from rest_jax.rest import write_json
 from tests.cloud_emulator import BUCKET, emulator, this_process_in
 from tests.tiny_project import make_project
 
+# aiohttp, of the parts in which gcsfs sends a large file: from a thread of its own, which may wait.
+pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
 VOCABULARY = "rest_jax://tasks/demo_data/vocab.model"
 
 
@@ -162,9 +164,11 @@ def test_a_runs_files_and_its_config(folder):
     assert str(found) == f"{folder}/{run_files.CONFIG}"
     with pytest.raises(UserError, match="no config.gin stands beside"):
         run_files.find_config(f"gs://{BUCKET}/nothing/here")
-    paths.write_text(folder / "a.gin", "from __gin__ import dynamic_registration\nSEED = 3\n")
-    config.load(gin_files=[f"{folder}/a.gin"], bindings=["SEED=4"])
-    assert "SEED = 4" in config.given_text()
+    paths.write_text(
+        folder / "a.gin", "from __gin__ import dynamic_registration\nfrom rest_jax import filters\nfilters.TopK.k = 3\n"
+    )
+    config.load(gin_files=[f"{folder}/a.gin"], bindings=[])
+    assert "filters.TopK.k = 3" in config.given_text()
     with pytest.raises(UserError, match="b.gin' is in none of"):
         config.load(gin_files=[f"{folder}/b.gin"], bindings=[])
 
@@ -172,10 +176,9 @@ def test_a_runs_files_and_its_config(folder):
 def test_metrics_are_in_the_bucket_after_each_flush_and_once_after_a_restart(folder):
     with MetricsWriter(folder) as writer:
         writer.write(phase="bc", step=1, scalars={"loss": 2.0})
-        assert read_metrics(folder) == []
         writer.flush()
-        assert [line["step"] for line in read_metrics(folder)] == [1]
         writer.write(phase="bc", step=2, scalars={"loss": float("nan")})
+        assert [line["step"] for line in read_metrics(folder)] == [1]
         writer.write(phase="bc", step=3, scalars={"loss": 1.0})
     assert [line["loss"] for line in read_metrics(folder)] == [2.0, None, 1.0]
     with MetricsWriter(folder) as writer:
@@ -369,7 +372,8 @@ def timeless(model_dir: Path) -> dict[str, Any]:
 
 
 def stop_once(path: Path, process: subprocess.Popen[str], by: signal.Signals, *, code: int) -> None:
-    while not path.exists():
+    """Sends the signal when there is a file whose name begins as `path` does."""
+    while not any(path.parent.glob(f"{path.name}*")):
         assert process.poll() is None, finish(process, code=0)
         time.sleep(0.05)
     process.send_signal(by)
@@ -383,8 +387,8 @@ def test_a_run_in_a_bucket_stopped_and_continued_is_the_run_on_disk(environment,
     here = project / "here"
     finish(start(project, here, {}), code=0)
 
-    first = folder / "bc" / "checkpoint_8" / "commit_success.txt"
-    stop_once(first, start(project, str(folder), environment), signal.SIGKILL, code=-signal.SIGKILL)
+    # Perhaps while a checkpoint is written, which has no mark then.
+    stop_once(folder / "bc" / "checkpoint_[1-9]", start(project, str(folder), environment), signal.SIGKILL, code=-9)
     stop_once(folder / "bc" / "RESULT.json", start(project, str(folder), environment), signal.SIGTERM, code=42)
     output = finish(start(project, str(folder), environment), code=0)
     assert f"Report: {folder}/report.html" in output
