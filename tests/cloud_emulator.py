@@ -24,7 +24,8 @@ def emulator() -> Iterator[dict[str, str]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen([sys.executable, __file__, str(port)], stderr=subprocess.PIPE)
+    # It writes a line for each request: into a pipe that nobody reads it would come to a halt.
+    server = subprocess.Popen([sys.executable, __file__, str(port)], stderr=subprocess.DEVNULL)
     try:
         _wait_for(address, server)
         yield {
@@ -40,7 +41,7 @@ def emulator() -> Iterator[dict[str, str]]:
         }
     finally:
         server.terminate()
-        server.communicate()
+        server.wait()
 
 
 def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
@@ -51,7 +52,7 @@ def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
                 return
         except OSError:
             if server.poll() is not None or time.monotonic() > end:
-                pytest.fail(f"the emulator does not answer: {server.communicate()[1]!r}")
+                pytest.fail(f"the emulator does not answer at {address}")
             time.sleep(0.05)
 
 
