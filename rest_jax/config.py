@@ -55,7 +55,10 @@ def load(
     with _searching(lookup):
         for name, file in zip(gin_files, files, strict=True):
             try:
-                gin.parse_config_file(str(file.absolute()))
+                if paths.in_bucket(file):
+                    gin.parse_config(file.read_text(encoding="utf-8"))
+                else:
+                    gin.parse_config_file(str(file.absolute()))
             except UserError:
                 raise
             except OSError as error:
@@ -141,6 +144,8 @@ def _no_search_notes(record: logging.LogRecord) -> bool:
 
 
 def _find(name: str, lookup: Sequence[str], *, suggest: Sequence[str]) -> Path:
+    if "://" in name and paths.resolve(name).is_file():
+        return paths.resolve(name)
     for root in lookup:
         candidate = Path(root) / name
         if candidate.is_file():

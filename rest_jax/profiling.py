@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from rest_jax import paths
 from rest_jax.errors import UserError
 
 DIRECTORY = "profile"
@@ -31,12 +32,15 @@ class ProfiledSteps:
         """From `10:15`.
 
         Raises:
-          UserError: it is not of this form, or has no step in it.
+          UserError: it is not of this form, or has no step in it; or MODEL_DIR is in a bucket, to which JAX's profiler
+            does not write.
         """
         first, _, last = text.partition(":")
         if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
             raise UserError(f"--profile_steps is {text!r}; it must be FIRST:LAST, like 10:15 for the steps 10 to 14.")
-        return ProfiledSteps(int(first), int(last), model_dir / DIRECTORY)
+        return ProfiledSteps(
+            int(first), int(last), paths.local(model_dir, "With --profile_steps, MODEL_DIR") / DIRECTORY
+        )
 
     def before(self, step: int, waits_for: Any) -> None:
         """Starts the trace before step `first`; ends it before step `last`.

@@ -5,7 +5,6 @@ sources and references from the run's data. The result is another store, and the
 """
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from rest_jax import paths
 from rest_jax.checkpoints import checkpointer
 from rest_jax.data.store import ChunkRows, ChunkSources, ScoredStore, StoreRows, StoreWriter
 from rest_jax.data.token_dataset import TokenDataset
@@ -49,7 +49,7 @@ def rescore(config: ReST, *, store: ScoredStore, output: str | os.PathLike[str],
     Raises:
       UserError: the store lacks what the reward needs, or was grown from other data or with another vocabulary.
     """
-    output = Path(output)
+    output = paths.resolve(output)
     if output.exists():
         raise UserError(f"--output {str(output)!r} exists; name a new directory, a store is never changed in place.")
     reward = config.reward
@@ -209,8 +209,9 @@ def _statistics(
 
 
 def _write(output: Path, *, store: ScoredStore, sources: ChunkSources, stats: Mapping[str, Any]) -> None:
-    partial = output.with_name(output.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    # A bucket cannot rename; a store is one when DONE stands in it.
+    partial = output if paths.in_bucket(output) else output.with_name(output.name + ".tmp")
+    paths.remove_tree(partial)
     writer = StoreWriter(partial, process_index=0)
     rows = store.select(store.stored)
     everything = {
@@ -245,7 +246,8 @@ def _write(output: Path, *, store: ScoredStore, sources: ChunkSources, stats: Ma
             {},
         )
     writer.finish(stats)
-    os.rename(partial, output)
+    if partial != output:
+        partial.rename(output)
 
 
 def format_components(values: Mapping[str, npt.NDArray[Any]], *, valid: npt.NDArray[np.bool_]) -> str:

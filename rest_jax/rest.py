@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from rest_jax import audit as audit_lib
-from rest_jax import chips
+from rest_jax import chips, paths
 from rest_jax import grow as grow_lib
 from rest_jax import improve as improve_lib
 from rest_jax import training as training_lib
@@ -188,7 +188,7 @@ class Runner:
     ):
         self.config = config
         self.processes = processes or Processes()
-        self.model_dir = Path(config.model_dir)
+        self.model_dir = paths.resolve(config.model_dir)
         self._beat, self._profiled = beat, profiled
         self._asked_to_stop = stop_requested
         check_reward(config.reward, has_references=True, languages=config.languages)
@@ -268,6 +268,7 @@ class Runner:
                 )
             started = time.monotonic()
             result = getattr(self, f"_{phase.kind}")(phase, self._progress(phase))
+            self._writer.flush()
             if self.processes.lead:
                 write_json(mark, {"name": phase.name, **result, "seconds": round(time.monotonic() - started, 2)})
             self.processes.wait_for_file(mark)
@@ -534,6 +535,4 @@ class Runner:
 def write_json(path: Path, value: Any) -> None:
     """Writes a file that is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.rename(path)
+    paths.write_text(path, json.dumps(value, indent=1) + "\n")

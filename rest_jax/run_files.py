@@ -24,13 +24,14 @@ TRANSLATE = "checkpoints/translate.gin"
 
 
 def check_same_run(model_dir: Path, *, given: str, vocabulary_sha256: str) -> None:
-    """Raises UserError when MODEL_DIR holds a run of another configuration or vocabulary.
+    """Raises UserError when MODEL_DIR holds a run of another configuration or vocabulary, or cannot be reached.
 
     Args:
       model_dir: may be absent.
       given: `config.given_text()`.
       vocabulary_sha256: of the policy's vocabulary.
     """
+    paths.check_bucket(model_dir, "MODEL_DIR")
     before = model_dir / CONFIG
     if before.is_file():
         lines = config.different_lines(before.read_text(encoding="utf-8"), given)
@@ -80,8 +81,7 @@ def find_config(path: str) -> Path:
 
 def _nearest(path: Path, name: str) -> Path | None:
     """The file `name` in `path` or up to four folders above: MODEL_DIR/grow_1/improve_2/checkpoint_100/state."""
-    folders = [path.absolute(), *path.absolute().parents][:5]
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+    return next((folder / name for folder in paths.with_parents(path)[:5] if (folder / name).is_file()), None)
 
 
 def write_run_files(
@@ -123,18 +123,12 @@ def write_run_files(
             before = json.loads((model_dir / RUN).read_text(encoding="utf-8"))
             run = {**before, "continued": [*before.get("continued", []), {"argv": run["argv"], "start": now}]}
         if not (model_dir / CONFIG).is_file():
-            _write(model_dir / CONFIG, given)
-        _write(model_dir / OPERATIVE, operative)
+            paths.write_text(model_dir / CONFIG, given)
+        paths.write_text(model_dir / OPERATIVE, operative)
         if model_info is not None:
-            _write(model_dir / MODEL_INFO, model_info)
-        _write(model_dir / RUN, json.dumps(run, indent=1) + "\n")
+            paths.write_text(model_dir / MODEL_INFO, model_info)
+        paths.write_text(model_dir / RUN, json.dumps(run, indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"MODEL_DIR {str(model_dir)!r} cannot be written: {error}. Give a folder that this user may write to."
         ) from error
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)

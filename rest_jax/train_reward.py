@@ -8,13 +8,13 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
+from rest_jax import paths
 from rest_jax import rest as rest_lib
 from rest_jax import training as training_lib
 from rest_jax.checkpoints import checkpointer
@@ -152,7 +152,7 @@ def train_reward(config: RewardTraining, *, stop_requested: Callable[[], bool] =
       Preempted: after saving, when `stop_requested`.
     """
     joined = check(config)
-    directory, started = Path(config.reward_dir), time.monotonic()
+    directory, started = paths.resolve(config.reward_dir), time.monotonic()
     if (directory / regressor.REWARD_FILE).is_file():
         return format_summary(json.loads((directory / "summary.json").read_text(encoding="utf-8")))
     ratings = _read_ratings(config, stop_requested=stop_requested)
@@ -331,7 +331,7 @@ def _read_ratings(config: RewardTraining, *, stop_requested: Callable[[], bool])
     # Other draws than the run's own first Grow step, and all of them: what it would refuse teaches most.
     samples = dataclasses.replace(
         config.samples,
-        model_dir=str(Path(config.reward_dir) / "samples"),
+        model_dir=str(paths.resolve(config.reward_dir) / "samples"),
         reward=config.label,
         seed=rest_lib.phase_seed(config.seed, "samples"),
         grow_steps=1,
@@ -343,7 +343,7 @@ def _read_ratings(config: RewardTraining, *, stop_requested: Callable[[], bool])
     )
     runner = rest_lib.Runner(samples, stop_requested=stop_requested)
     runner.run([phase for phase in runner.phases if phase.kind in ("bc", "grow")])
-    directory, spread = str(Path(samples.model_dir) / "grow_1"), config.relative_labels
+    directory, spread = str(paths.resolve(samples.model_dir) / "grow_1"), config.relative_labels
     if spread is None:
         return Store(directory=directory).read(config.vocabulary)
     return Store(directory=directory, relative=True, scale=(-spread, spread)).read(config.vocabulary)

@@ -326,6 +326,7 @@ def fit(
 
     def save() -> None:
         best = best_of(history)[0] if history else None
+        metrics_writer.flush()
         checkpoints.save(step, state.as_t5x(), progress={"history": history, "tokens": tokens}, best_step=best)
 
     def measure(known: float | None = None) -> None:

@@ -1,6 +1,7 @@
 """Translating lines of text with a policy: one line in, one line out, in order."""
 
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO, TextIO
 import jax
 import numpy as np
 
-from rest_jax import run_files
+from rest_jax import paths, run_files
 from rest_jax.checkpoints import checkpointer
 from rest_jax.data.batching import length_groups
 from rest_jax.data.vocabulary import adopt
@@ -165,7 +166,7 @@ def open_input(path: str | None) -> Iterator[Iterable[str]]:
         yield read_lines(sys.stdin.buffer, name="standard input")
         return
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below, outside of what the UserError covers
+        file = paths.resolve(path).open("rb")  # closed below, outside of what the UserError covers
     except OSError as error:
         raise UserError(f"input {path!r} cannot be read ({error.strerror}); give the path of a UTF-8 file") from error
     with file:
@@ -179,7 +180,12 @@ def open_output(path: str | None) -> Iterator[TextIO]:
         yield sys.stdout
         sys.stdout.flush()
         return
-    final = Path(path)
+    final = paths.resolve(path)
+    if paths.in_bucket(final):
+        text = io.StringIO()
+        yield text
+        paths.write_text(final, text.getvalue())
+        return
     partial = final.with_name(f"{final.name}.tmp-{os.getpid()}")
     try:
         file = partial.open("w", encoding="utf-8", newline="\n")
@@ -242,7 +248,7 @@ def open_translator(
       UserError: no such phase or checkpoint, one that does not fit the model or the vocabulary.
     """
     config.partitioner.check_batch_divisible(sampling.sources_per_chunk, "--sources_per_chunk")
-    path = checkpointer.find_checkpoint(checkpoint or _policy_path(Path(config.model_dir), policy))
+    path = checkpointer.find_checkpoint(checkpoint or _policy_path(paths.resolve(config.model_dir), policy))
     vocabulary = config.data.vocabulary
     run_files.check_same_vocabulary("checkpoint", path, vocabulary_sha256=vocabulary.sha256)
     abstract = jax.eval_shape(lambda: initial_params(config.model, jax.random.key(0)))
@@ -272,7 +278,8 @@ def _policy_path(model_dir: Path, phase: str | None) -> str:
         result = json.loads((directory / "RESULT.json").read_text(encoding="utf-8"))
         return str(checkpointer.step_directory(directory, result["best_step"]))
     except (OSError, KeyError) as error:
-        finished = ", ".join(str(mark.parent.relative_to(model_dir)) for mark in sorted(model_dir.rglob("RESULT.json")))
+        marks = [*model_dir.glob("*/RESULT.json"), *model_dir.glob("*/*/RESULT.json")]
+        finished = ", ".join(str(mark.parent.relative_to(model_dir)) for mark in sorted(marks))
         raise UserError(
             f"--policy {phase!r}: {str(directory)!r} holds no finished policy; finished are {finished or 'none'}. "
             "Phases are bc, bc_long, improve_1.2 (Grow step 1, Improve step 2)."

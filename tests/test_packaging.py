@@ -116,7 +116,7 @@ print(sum(1 for _ in seqio.TaskRegistry.get("demo_de_en").source.get_dataset("te
 
 
 # Imported where they are used, with a message that names the extra.
-OF_EXTRAS = {"tokenizers"}
+OF_EXTRAS = {"etils", "fsspec", "tokenizers"}
 
 
 def test_core_imports_only_what_is_declared(wheel: Path) -> None:

@@ -5,7 +5,6 @@ A step is a directory `checkpoint_N/` with T5X's tree under `state/`: `{'target'
 """
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy.typing as npt
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from rest_jax import paths
 from rest_jax.checkpoints import formats, orbax_files, tensors
 from rest_jax.checkpoints.formats import STATE_ITEM, STEP_PREFIX, find_checkpoint
 from rest_jax.partitioning import Partitioner
@@ -40,13 +40,13 @@ class PhaseCheckpoints:
     """The checkpoints of one training phase: the newest, to resume from, and the best, to keep.
 
     Which one is best is the caller's to say: Orbax's own ranking forgets the rewards of an earlier process.
-    A save is complete or absent: Orbax writes to a temporary name and renames.
+    A save is complete or absent: Orbax writes to a temporary name and renames; in a bucket it writes a mark at last.
     """
 
     def __init__(self, directory: Path):
         self._preserve = _PreserveSteps()
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+            paths.absolute(directory),
             item_names=(STATE_ITEM, "progress"),
             options=ocp.CheckpointManagerOptions(
                 step_prefix=STEP_PREFIX,
@@ -110,14 +110,15 @@ def save_params(directory: Path, params: Tree, *, dtype: str | None = None, proc
     processes = processes or Processes()
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
-    partial = directory.with_name(f"{directory.name}.tmp")
+    # A bucket cannot rename, and needs not: without Orbax's mark there is no checkpoint (`formats.detect`).
+    partial = directory if paths.in_bucket(directory) else directory.with_name(f"{directory.name}.tmp")
     if processes.lead:
-        shutil.rmtree(partial, ignore_errors=True)
+        paths.remove_tree(partial)
     processes.wait(f"{partial.name} deleted")
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial.absolute() / STATE_ITEM, {"target": params})
-    if processes.lead:
-        shutil.rmtree(directory, ignore_errors=True)
+        checkpointer.save(paths.absolute(partial) / STATE_ITEM, {"target": params})
+    if processes.lead and partial != directory:
+        paths.remove_tree(directory)
         partial.rename(directory)
     processes.wait_for_file(directory)
 

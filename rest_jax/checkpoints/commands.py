@@ -2,12 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gin
 
-from rest_jax import config, run_files
+from rest_jax import config, paths, run_files
 from rest_jax.checkpoints import convert, formats
 from rest_jax.errors import UserError
 from rest_jax.models import t5
@@ -31,7 +30,7 @@ def import_command(source: str, dest: str, *, gin_files: Sequence[str], bindings
       bindings: `NAME=value` over them.
     """
     model = _configured_model(gin_files, bindings)
-    imported = convert.import_checkpoint(source, Path(dest).expanduser(), model=model)
+    imported = convert.import_checkpoint(source, paths.resolve(dest), model=model)
     vocabulary = "" if imported.has_vocabulary else " It has no vocabulary: set VOCABULARY."
     return (
         f"{dest}: {imported.num_parameters:,} parameters, imported from the format {imported.format}.{vocabulary}\n"
@@ -49,7 +48,7 @@ def export_command(
     """
     files = list(gin_files) or _own_config(source)
     num_parameters = convert.export_checkpoint(
-        source, Path(dest).expanduser(), to=to, model=_configured_model(files, bindings)
+        source, paths.resolve(dest), to=to, model=_configured_model(files, bindings)
     )
     return f"{dest}: {num_parameters:,} parameters, exported to the format {to}."
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from rest_jax import paths
 from rest_jax.checkpoints import formats, hugging_face, model_config, orbax_files, t5x_legacy, tensors
 from rest_jax.checkpoints.attention_heads import joined_heads, split_heads
 from rest_jax.data.vocabulary import Vocabulary
@@ -80,14 +81,14 @@ def import_checkpoint(source: str, dest: Path, *, model: Model | None = None) ->
             _write_json(partial / hugging_face.CONFIG, checkpoint.config_json)
         _write_tokenizer(partial, vocabulary, source=checkpoint.directory, vocab_size=config.vocab_size or 0)
         if vocabulary is not None:
-            facts = {"imported_from": str(checkpoint.directory.absolute()), "vocabulary_sha256": vocabulary.sha256}
+            facts = {"imported_from": str(paths.absolute(checkpoint.directory)), "vocabulary_sha256": vocabulary.sha256}
             _write_json(partial / RUN, facts)
         text = model_config.gin_text(
             config,
             comment=f"The model of {checkpoint.directory}, imported from the format {checkpoint.format}.",
             vocabulary=None
             if vocabulary is None
-            else model_config.vocabulary_text(vocabulary, model_file=dest.absolute() / hugging_face.SENTENCEPIECE),
+            else model_config.vocabulary_text(vocabulary, model_file=paths.absolute(dest) / hugging_face.SENTENCEPIECE),
         )
         (partial / CONFIG_GIN).write_text(text, encoding="utf-8")
     return Imported(checkpoint.format, config, _num_parameters(leaves), vocabulary is not None)
@@ -181,7 +182,7 @@ def _fitting(checkpoint: formats.Checkpoint, config: t5.T5Config) -> tensors.Ten
 
 
 def _check_absent(dest: Path) -> None:
-    if dest.exists() or dest.is_symlink():
+    if dest.exists() or (not paths.in_bucket(dest) and dest.is_symlink()):
         raise UserError(f"DEST: {str(dest)!r} exists. Give a new directory, or remove it first.")
 
 
@@ -189,6 +190,13 @@ def _check_absent(dest: Path) -> None:
 def _new_directory(dest: Path) -> Iterator[Path]:
     """A directory that becomes `dest` when all went well, and disappears otherwise."""
     _check_absent(dest)
+    if paths.in_bucket(dest):  # which cannot rename
+        try:
+            yield dest
+        except BaseException:
+            paths.remove_tree(dest)
+            raise
+        return
     partial = dest.with_name(f"{dest.name}.tmp")
     try:
         partial.mkdir(parents=True)

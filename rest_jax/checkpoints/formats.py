@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import orbax.checkpoint as ocp
+
 from rest_jax import paths
 from rest_jax.checkpoints import hugging_face, orbax_files, t5x_legacy, tensors
 from rest_jax.checkpoints.attention_heads import with_heads_of
@@ -84,7 +86,7 @@ def detect(directory: Path) -> Format | None:
     own: Format | None = None
     if t5x_legacy.weights_folder(directory) is not None:
         own = "t5x"
-    elif (directory / STATE_ITEM).is_dir():
+    elif (directory / STATE_ITEM).is_dir() and ocp.utils.is_checkpoint_finalized(directory / STATE_ITEM):
         own = "orbax"
     if not ((directory / hugging_face.CONFIG).is_file() and any(directory.glob("*.safetensors"))):
         return own

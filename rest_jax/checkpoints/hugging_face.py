@@ -9,7 +9,6 @@ whatever the file holds, and `scale_decoder_outputs` says what it said before; s
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -202,7 +201,7 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copies the tokenizer's files that are there."""
     for name in COMPANIONS:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            (target / name).write_bytes((source / name).read_bytes())
 
 
 def open_vocabulary(folder: Path, *, vocab_size: int) -> Vocabulary | None:
@@ -233,7 +232,7 @@ def write_vocabulary(folder: Path, vocabulary: Any) -> None:
     if isinstance(vocabulary, ByteVocabulary):
         settings: dict[str, Any] = {"tokenizer_class": "ByT5Tokenizer"}
     elif isinstance(vocabulary, SentencePieceVocabulary):
-        shutil.copyfile(vocabulary.path, folder / SENTENCEPIECE)
+        (folder / SENTENCEPIECE).write_bytes(vocabulary.path.read_bytes())
         # MADLAD-400's file has no piece for padding: T5Tokenizer would add one, past the embedding's last row.
         settings = {
             "tokenizer_class": "T5Tokenizer",

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import orbax.checkpoint as ocp
 import tensorstore
 
+from rest_jax import paths
 from rest_jax.checkpoints.tensors import Index, LazyTensor, Tensors, flatten, unflatten
 from rest_jax.errors import UserError
 
@@ -52,7 +53,7 @@ def write_tensors(directory: Path, tensors: Tensors, *, step: int | None = None)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     arguments = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in flatten(tree)}
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=unflatten(arguments)))
+        checkpointer.save(paths.absolute(directory), args=ocp.args.PyTreeSave(tree, save_args=unflatten(arguments)))
 
 
 def open_tensors(directory: Path) -> tuple[Tensors, int]:
@@ -88,11 +89,11 @@ def read_metadata(directory: Path) -> tuple[Tree, Tree]:
 
 def _open_leaf(directory: Path, name: str, leaf: Any, *, driver: str, context: tensorstore.Context) -> LazyTensor:
     """A tensor of Orbax's database, or directory, read by TensorStore: Orbax itself reads whole arrays alone."""
-    path, folder = name.replace("/", "."), directory.absolute()
+    path = name.replace("/", ".")
     store = (
-        {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{path}/"}
-        if (folder / "manifest.ocdbt").exists()
-        else {"driver": "file", "path": f"{folder}/{path}/"}
+        {"driver": "ocdbt", "base": f"{paths.url(directory)}/", "path": f"{path}/"}
+        if (directory / "manifest.ocdbt").exists()
+        else paths.kvstore(directory / path)
     )
 
     def read(index: Index) -> npt.NDArray[Any]:

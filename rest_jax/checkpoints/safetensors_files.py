@@ -41,8 +41,9 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
     Raises:
       UserError: the file is cut off, or no safetensors.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
         start = file.read(_LENGTH.size)
         length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else None
         if length is None or length > MAX_HEADER_BYTES:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import tensorstore
 from flax import serialization
 
+from rest_jax import paths
 from rest_jax.checkpoints.tensors import FLOATS, Index, LazyTensor, Tensors, of_array, unflatten
 from rest_jax.errors import UserError
 
@@ -81,7 +82,7 @@ def write_checkpoint(folder: Path, tensors: Tensors, *, step: int) -> None:
             "kvstore": {"driver": "file", "path": path},
             "metadata": {"compressor": {"id": "gzip"}, "shape": list(tensor.shape), "chunks": chunks},
         }
-        there = spec | {"kvstore": _kvstore(folder, path)}
+        there = spec | {"kvstore": paths.kvstore(folder / path)}
         tensorstore.open(there, create=True).result().write(tensor.read()).result()
         specs[name] = tensorstore.Spec(spec).to_json()
     state = {"step": np.asarray(step, np.int32), "param_states": {}}
@@ -101,10 +102,6 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _is_spec(value: Mapping[str, Any]) -> bool:
     return {"driver", "kvstore", "metadata"} <= value.keys()
-
-
-def _kvstore(folder: Path, path: str) -> dict[str, str]:
-    return {"driver": "file", "path": f"{folder.absolute() / path}/"}
 
 
 def _open_leaf(folder: Path, name: str, leaf: Any) -> LazyTensor:
@@ -130,7 +127,7 @@ def _open_leaf(folder: Path, name: str, leaf: Any) -> LazyTensor:
 
 def _open_zarr(folder: Path, path: str, *, name: str, shape: Sequence[int] | None) -> LazyTensor:
     # A chunk that is not there would otherwise be read as zeros. Chunks of zeros are written like all others.
-    spec = {"driver": "zarr", "kvstore": _kvstore(folder, path), "fill_missing_data_reads": False}
+    spec = {"driver": "zarr", "kvstore": paths.kvstore(folder / path), "fill_missing_data_reads": False}
     try:
         array = tensorstore.open(spec, read=True).result()
     except (ValueError, OSError) as error:

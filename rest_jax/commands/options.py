@@ -52,15 +52,13 @@ def add_process_options(sub: argparse.ArgumentParser) -> None:
 
 def load_config(options: Any, *, fallbacks: dict[str, str] | None = None, also: Sequence[str] = ()) -> None:
     """Parses what `--gin_file` and `--model_dir` give, the files `also` of a command, and `--gin.NAME=value`."""
-    from pathlib import Path
-
-    from rest_jax import config, run_files
+    from rest_jax import config, paths, run_files
 
     if options.tfds_data_dir is not None:
         os.environ["TFDS_DATA_DIR"] = options.tfds_data_dir  # read by TFDS when it is imported
     files = list(options.gin_file)
     if not files and options.model_dir is not None:
-        given = Path(options.model_dir) / run_files.CONFIG
+        given = paths.resolve(options.model_dir) / run_files.CONFIG
         if not given.is_file():
             raise UserError(
                 f"--gin_file is missing, and --model_dir {options.model_dir!r} has no {run_files.CONFIG} yet."

@@ -193,7 +193,7 @@ def _start(options: Any, runner: Any) -> None:
 
 def _evaluate_checkpoint(options: Any, runner: Any) -> None:
     """Into MODEL_DIR/eval/checkpoints, where the run's own evaluations are not."""
-    from rest_jax import run_files
+    from rest_jax import paths, run_files
     from rest_jax.checkpoints import checkpointer
     from rest_jax.rest import write_json
 
@@ -203,10 +203,10 @@ def _evaluate_checkpoint(options: Any, runner: Any) -> None:
         str(found), abstract_params=runner.abstract_params, partitioner=runner.config.partitioner
     )
     _start(options, runner)
-    directory, name = runner.model_dir / "eval" / "checkpoints", "-".join(found.absolute().parts[-2:])
+    directory, name = runner.model_dir / "eval" / "checkpoints", "-".join(paths.absolute(found).parts[-2:])
     scores = runner.evaluator.evaluate(params, directory=directory, name=name)
     if not runner.processes.lead:
         return
-    write_json(directory / f"{name}.json", {"checkpoint": str(found.absolute()), **scores})
+    write_json(directory / f"{name}.json", {"checkpoint": str(paths.absolute(found)), **scores})
     shown = " | ".join(f"{key} {scores[key]:.4f}" for key in ("reward", "bleu", "chrf", "ter"))
     print(f"{found}: {shown}\nFiles: {directory}/{name}.*")

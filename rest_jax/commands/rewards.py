@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rest_jax import paths
 from rest_jax.commands.options import AddCommand, add_gin_options, load_config
 from rest_jax.errors import UserError
 
@@ -26,7 +27,6 @@ def register(add: AddCommand) -> None:
 
 
 def _audit_reward(options: Any) -> None:
-    from pathlib import Path
 
     from rest_jax import audit, config
     from rest_jax.checkpoints import checkpointer
@@ -56,7 +56,7 @@ def _audit_reward(options: Any) -> None:
         pairs = audit.pairs_of_run(
             rest.reward,
             eval_set=rest.data.open(rest.data.eval_split),
-            model_dir=Path(rest.model_dir),
+            model_dir=paths.resolve(rest.model_dir),
             num_pairs=options.num_pairs,
             seed=options.seed,
         )
@@ -74,7 +74,7 @@ def _audit_reward(options: Any) -> None:
     )
     print(format_audit(result))
     if options.output is not None:
-        write_json(Path(options.output).expanduser(), result)
+        write_json(paths.resolve(options.output), result)
 
 
 def _train_language_id(options: Any) -> None:
@@ -82,7 +82,6 @@ def _train_language_id(options: Any) -> None:
 
     # Counting is done by the processor; an accelerator would be taken for nothing.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from pathlib import Path
 
     from rest_jax.data.lines import read_lines
     from rest_jax.rewards import language
@@ -94,7 +93,7 @@ def _train_language_id(options: Any) -> None:
     if not 0 < options.held_out < 1:
         raise UserError(f"--held_out is {options.held_out}; it must be a share between 0 and 1.")
     texts = {name: read_lines(file) for name, _, file in named}
-    output = Path(options.output).expanduser()
+    output = paths.resolve(options.output)
     trained, held_out = language.split(texts, held_out=options.held_out)
     identifier = language.train(trained)
     language.write(output, identifier)

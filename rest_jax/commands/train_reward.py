@@ -14,17 +14,15 @@ def register(add: AddCommand) -> None:
 
 
 def _train_reward(options: Any) -> None:
-    from pathlib import Path
-
     import jax
 
-    from rest_jax import config, run_files, train_reward
+    from rest_jax import config, paths, run_files, train_reward
 
     # A file may hold the run that uses the reward too; its MODEL_DIR does not matter here.
     load_config(options, fallbacks={"MODEL_DIR": "''"})
     training = config.build(train_reward.RewardTraining)
     train_reward.check(training)
-    directory, sha256 = Path(training.reward_dir), training.vocabulary.sha256
+    directory, sha256 = paths.resolve(training.reward_dir), training.vocabulary.sha256
     run_files.check_same_run(directory, given=config.given_text(), vocabulary_sha256=sha256)
     if jax.process_index() == 0:
         run_files.write_run_files(

@@ -1,8 +1,8 @@
 """Text files of a sentence a line."""
 
 import gzip
-from pathlib import Path
 
+from rest_jax import paths
 from rest_jax.errors import UserError
 
 
@@ -14,7 +14,7 @@ def read_lines(path: str) -> list[str]:
     Raises:
       UserError: it is missing or no UTF-8; names it.
     """
-    file = Path(path).expanduser()
+    file = paths.resolve(path)
     try:
         content = file.read_bytes()
         text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8")

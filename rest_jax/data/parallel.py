@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rest_jax import paths
 from rest_jax.data import token_index
 from rest_jax.data.token_dataset import TokenDataset
 from rest_jax.data.vocabulary import Vocabulary, adopt
@@ -51,7 +52,7 @@ class ParallelData:
     @property
     def cache(self) -> Path:
         if self.cache_dir is not None:
-            return Path(self.cache_dir).expanduser()
+            return paths.local(self.cache_dir, "CACHE_DIR")
         return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rest_jax"
 
     @property

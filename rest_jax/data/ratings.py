@@ -7,9 +7,9 @@ become 0 and 1, cut outside.
 import csv
 import dataclasses
 import hashlib
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -302,12 +302,12 @@ def _check_scale(name: str, scale: tuple[float, float] | None) -> None:
 
 def _read_table(path: str, *, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields (line number, row by column)."""
-    file = Path(paths.resolve(path))
+    file = paths.resolve(path)
     if not file.is_file():
         raise UserError(f"{path}: no such file of ratings.")
     comma = file.suffix == ".csv"
     csv.field_size_limit(2**31 - 1)
-    with file.open(encoding="utf-8", newline="") as lines:
+    with io.TextIOWrapper(file.open("rb"), encoding="utf-8", newline="") as lines:
         reader = csv.DictReader(
             lines, delimiter="," if comma else "\t", quoting=csv.QUOTE_MINIMAL if comma else csv.QUOTE_NONE
         )

@@ -7,7 +7,7 @@ process writes what its own devices drew of it:
     sources-{process:05d}-{chunk:05d}.arrow  one row a source: the rewards of ALL its samples, and which are valid
     stats.json, DONE                         written last, once; DONE lists every file with its rows and content hash
 
-Each file is written to `*.tmp`, synced and renamed, the sources file last: a chunk is committed if and only if the
+Each file is whole or absent, and the sources file is written last: a chunk is committed if and only if the
 files of all its sources stand there and are whole, so a run may go on with another number of processes. Rows and a
 SHA-256 of the columns stand in the schema's metadata, so a file vouches for itself. Tokens of rejected samples are
 never stored.
@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from rest_jax import paths
 from rest_jax.data.store_files import (
     DONE_FILE,
     check_same_columns,
@@ -40,7 +41,6 @@ from rest_jax.data.store_files import (
     sample_count,
     whole_chunks,
     write_batch,
-    write_text,
 )
 from rest_jax.data.token_dataset import token_lists
 from rest_jax.errors import UserError
@@ -113,7 +113,7 @@ class StoreWriter:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, process_index: int) -> None:
-        self._directory = Path(directory)
+        self._directory = paths.resolve(directory)
         self._process_index = process_index
         self._directory.mkdir(parents=True, exist_ok=True)
 
@@ -151,8 +151,8 @@ class StoreWriter:
 
     def chunk_statistics(self) -> list[dict[str, Any]]:
         """The `statistics` of every committed chunk, in order."""
-        paths = sorted(self._directory.glob("sources-*.arrow"), key=lambda path: path.stem.split("-")[:0:-1])
-        return [found for path in paths if (found := read_metadata(path, _STATISTICS_KEY))]
+        files = sorted(self._directory.glob("sources-*.arrow"), key=lambda path: path.stem.split("-")[:0:-1])
+        return [found for path in files if (found := read_metadata(path, _STATISTICS_KEY))]
 
     def finish(self, stats: Mapping[str, Any]) -> None:
         """Writes stats.json, then DONE. One process calls it, once all chunks of all processes are committed.
@@ -160,12 +160,12 @@ class StoreWriter:
         Args:
           stats: JSON values or NumPy values; a number that is not finite becomes null.
         """
-        write_text(self._directory / STATS_FILE, json.dumps(json_ready(stats), indent=2) + "\n")
+        paths.write_text(self._directory / STATS_FILE, json.dumps(json_ready(stats), indent=2) + "\n")
         parts = {}
         for sources_path in sorted(self._directory.glob("sources-*.arrow")):
             for path in (_rows_path(sources_path), sources_path):
                 parts[path.name] = describe(path)
-        write_text(self._directory / DONE_FILE, json.dumps(parts, indent=1) + "\n")
+        paths.write_text(self._directory / DONE_FILE, json.dumps(parts, indent=1) + "\n")
 
     def _paths(self, chunk: int) -> tuple[Path, Path]:
         suffix = f"{self._process_index:05d}-{chunk:05d}.arrow"
@@ -252,7 +252,7 @@ class ScoredStore:
         Raises:
           UserError: no store there, it is not done, or a file of it is missing or damaged (the message names it).
         """
-        directory = Path(directory)
+        directory = paths.resolve(directory)
         if not directory.is_dir():
             raise UserError(f"{directory}: no scored-sample store here (no such directory); run grow first")
         done = (directory / DONE_FILE).exists()
@@ -262,22 +262,22 @@ class ScoredStore:
                 "goes on where it stopped"
             )
         promises = read_json(directory / DONE_FILE) if done else {}
+        there = {path.name for path in directory.iterdir()}
         for name in promises:
-            if not (directory / name).is_file():
+            if name not in there:
                 raise UserError(f"{directory / name}: missing; {remedy(directory)}")
-        names = promises or (path.name for path in directory.iterdir())
-        paths = [directory / name for name in sorted(names) if _SOURCES_NAME.fullmatch(name)]
-        if not paths:
+        files = [directory / name for name in sorted(promises or there) if _SOURCES_NAME.fullmatch(name)]
+        if not files:
             raise UserError(f"{directory}: the store has no chunks; run grow first")
-        batches = [read_batch(path, promises.get(path.name)) for path in paths]
-        for path, batch in zip(paths, batches, strict=True):
-            check_same_columns(path, batch, paths[0], batches[0])
+        batches = [read_batch(path, promises.get(path.name)) for path in files]
+        for path, batch in zip(files, batches, strict=True):
+            check_same_columns(path, batch, files[0], batches[0])
         source_ids = np.concatenate([batch.column("source_id").to_numpy() for batch in batches])
-        num_samples = [sample_count(path, batch) for path, batch in zip(paths, batches, strict=True)]
-        for path, count in zip(paths, num_samples, strict=True):
+        num_samples = [sample_count(path, batch) for path, batch in zip(files, batches, strict=True)]
+        for path, count in zip(files, num_samples, strict=True):
             if count != num_samples[0]:
                 raise UserError(
-                    f"{path}: {count} samples a source, but {paths[0].name} has {num_samples[0]}; the number of "
+                    f"{path}: {count} samples a source, but {files[0].name} has {num_samples[0]}; the number of "
                     f"samples must not change within a Grow step: delete {directory} and run grow again"
                 )
         order = np.argsort(source_ids, kind="stable")
@@ -305,7 +305,7 @@ class ScoredStore:
             components=_by_component(columns, COMPONENTS_PREFIX, matrix),
             reference_components=_by_component(columns, REFERENCE_PREFIX, vector),
             stats=read_json(directory / STATS_FILE) if done else {},
-            _row_paths=tuple(_rows_path(path) for path in paths),
+            _row_paths=tuple(_rows_path(path) for path in files),
             _promises=promises,
         )
 

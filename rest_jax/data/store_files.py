@@ -1,13 +1,12 @@
 """The files of a scored-sample store: Arrow files that vouch for themselves, and small JSON files, both written whole.
 
-Every file is written to `*.tmp`, synced and renamed. An Arrow file holds one record batch; its row count and the
+Every file is whole or absent (`paths.write_bytes`). An Arrow file holds one record batch; its row count and the
 SHA-256 of its columns stand in the schema's metadata.
 """
 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from rest_jax import paths
 from rest_jax.errors import UserError
 
 DONE_FILE = "DONE"
@@ -46,33 +46,10 @@ def write_batch(path: Path, batch: pa.RecordBatch) -> None:
         _SHA_KEY: _content_sha256(batch).encode(),
     }
     batch = batch.replace_schema_metadata(metadata)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        with pa.ipc.new_file(file, batch.schema) as writer:
-            writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
-    _rename(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _rename(temporary, path)
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    os.replace(temporary, path)
-    # The rename itself must survive a power cut, before anything that relies on it is written.
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    content = pa.BufferOutputStream()
+    with pa.ipc.new_file(content, batch.schema) as writer:
+        writer.write_batch(batch)
+    paths.write_bytes(path, memoryview(content.getvalue()))
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -93,7 +70,7 @@ def _open_file(path: Path) -> pa.RecordBatchFileReader:
     if not path.is_file():
         raise UserError(f"{path}: missing; {remedy(path.parent)}")
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        reader = pa.ipc.open_file(path.open("rb") if paths.in_bucket(path) else pa.memory_map(str(path)))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: truncated or damaged ({error}); {remedy(path.parent)}") from error
     if not {_ROWS_KEY, _SHA_KEY} <= set(reader.schema.metadata or {}):
@@ -102,7 +79,7 @@ def _open_file(path: Path) -> pa.RecordBatchFileReader:
 
 
 def read_batch(path: Path, promise: Mapping[str, Any] | None = None) -> pa.RecordBatch:
-    """Maps a file's one record batch and checks it against its own metadata, and DONE's `promise` if there is one.
+    """Maps a file's one record batch, or reads a bucket's, checked against its metadata and DONE's `promise` if any.
 
     Raises:
       UserError: missing, truncated, damaged or another file; the message names it.

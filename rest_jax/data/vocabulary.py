@@ -84,6 +84,7 @@ class SentencePieceVocabulary:
         _check_extra_ids(extra_ids)
         self.path = paths.resolve(sentencepiece_model_file)
         self.extra_ids = extra_ids
+        paths.check_bucket(self.path, "VOCABULARY")
         if not self.path.is_file():
             raise UserError(
                 f"VOCABULARY: no such SentencePiece model: {str(self.path)!r}. Make one with "

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rest_jax import paths
 from rest_jax.data.token_dataset import TokenDataset
 from rest_jax.data.vocabulary import adopt
 from rest_jax.errors import UserError
@@ -237,8 +238,4 @@ def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """By process 0 alone; all have the rows."""
     if jax.process_index() > 0:
         return
-    partial = path.with_name(f"{path.name}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.rename(path)
+    paths.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -5,9 +5,10 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat
+
+from rest_jax import paths
 
 FILE_NAME = "metrics.jsonl"
 
@@ -15,6 +16,7 @@ FILE_NAME = "metrics.jsonl"
 class MetricsWriter:
     """Appends `{"phase", "step", "time", ...scalars}` to `metrics.jsonl` and to `tensorboard/<phase>/`.
 
+    In a bucket `metrics.jsonl` has what was written before the last `flush`; TensorBoard's file is sent every 30 s.
     A phase that resumes calls `resume` first: what it logged beyond its checkpoint is dropped, as it is logged again.
 
     Args:
@@ -23,9 +25,10 @@ class MetricsWriter:
     """
 
     def __init__(self, model_dir: str | os.PathLike[str], *, enabled: bool = True) -> None:
-        self._model_dir = Path(model_dir)
+        self._model_dir = paths.resolve(model_dir)
         self._enabled = enabled
         self._resumed: dict[str, int] = {}  # phase -> step it resumed at
+        self._unwritten: list[str] = []  # lines that a bucket does not have yet
         self._board: Any = None
         self._board_phase: str | None = None
 
@@ -41,6 +44,7 @@ class MetricsWriter:
         """Drops the lines of `phase` beyond `step`, and a last line that a crash cut off."""
         if not self._enabled:
             return
+        self.flush()
         self._resumed[phase] = step
         if self._board_phase == phase:
             self.close()
@@ -49,9 +53,7 @@ class MetricsWriter:
             return
         lines = read_metrics(self._model_dir)
         kept = [line for line in lines if line["phase"] != phase or line["step"] <= step]
-        temporary = path.with_name(f"{FILE_NAME}.tmp-{os.getpid()}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        paths.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, *, phase: str, step: int, scalars: Mapping[str, SupportsFloat]) -> None:
         """Writes one line. A number that is not finite becomes null: JSON has no word for it."""
@@ -64,15 +66,33 @@ class MetricsWriter:
             "time": round(time.time(), 3),
             **{name: value if math.isfinite(value) else None for name, value in values.items()},
         }
-        self._model_dir.mkdir(parents=True, exist_ok=True)
-        with (self._model_dir / FILE_NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        text = json.dumps(line) + "\n"
+        if paths.in_bucket(self._model_dir):
+            self._unwritten.append(text)
+        else:
+            self._model_dir.mkdir(parents=True, exist_ok=True)
+            with (self._model_dir / FILE_NAME).open("a", encoding="utf-8") as file:
+                file.write(text)
         board = self._tensorboard(phase)
         for name, value in values.items():
             board.add_scalar(name, value, int(step))
 
+    def flush(self) -> None:
+        """Puts what was written since the last time into a bucket; a file on disk has it already.
+
+        Objects cannot be appended to, so the whole file is sent again: before each checkpoint and each mark, beyond
+        which a run that is continued writes its lines again anyway.
+        """
+        if not self._unwritten:
+            return
+        path = self._model_dir / FILE_NAME
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        paths.write_text(path, before + "".join(self._unwritten))
+        self._unwritten = []
+
     def close(self) -> None:
-        """Flushes TensorBoard's file; writing again opens another."""
+        """Flushes both files; writing again opens another of TensorBoard's."""
+        self.flush()
         if self._board is not None:
             self._board.close()
         self._board, self._board_phase = None, None
@@ -96,11 +116,11 @@ class MetricsWriter:
 
 def read_metrics(model_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`, in order. A line that a crash cut off is left out; a missing file has none."""
-    path = Path(model_dir) / FILE_NAME
+    path = paths.resolve(model_dir) / FILE_NAME
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in path.read_bytes().decode("utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

@@ -2,12 +2,12 @@
 
 import difflib
 import html
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rest_jax import paths
 from rest_jax.evaluation.metrics import LABELS
 from rest_jax.reporting import plots
 from rest_jax.reporting.audit_table import audit_rows, describe_audit
@@ -31,9 +31,7 @@ def write_report(model_dir: str | Path) -> Path:
     """
     run = read_run(model_dir)
     path = run.directory / FILE_NAME
-    temporary = path.with_name(f"{FILE_NAME}.tmp-{os.getpid()}")
-    temporary.write_text(render(run), encoding="utf-8")
-    os.replace(temporary, path)
+    paths.write_text(path, render(run))
     return path
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rest_jax import paths
 from rest_jax.errors import UserError
 from rest_jax.reporting.metrics_writer import read_metrics
 
@@ -92,7 +93,7 @@ def read_run(model_dir: str | Path) -> Run:
     Raises:
       UserError: there is no summary yet, or a file is damaged; names the file.
     """
-    directory = Path(model_dir)
+    directory = paths.resolve(model_dir)
     path = directory / SUMMARY
     if not path.is_file():
         raise UserError(

@@ -6,6 +6,7 @@ kept as whole numbers, so a sum depends on the text alone, not on padding or on 
 """
 
 import dataclasses
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -203,10 +204,9 @@ def write(path: Path, identifier: Identifier) -> None:
     """Writes an identifier as *.npz."""
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"languages": identifier.languages, "orders": ORDERS, "scale": SCALE}
-    partial = path.with_name(f"{path.name}.tmp")
-    with partial.open("wb") as file:
-        np.savez_compressed(file, table=identifier.table, facts=np.array(json.dumps(facts)))
-    partial.rename(path)
+    file = io.BytesIO()
+    np.savez_compressed(file, table=identifier.table, facts=np.array(json.dumps(facts)))
+    paths.write_bytes(path, file.getvalue())
 
 
 def read(path: str) -> Identifier:
@@ -217,7 +217,7 @@ def read(path: str) -> Identifier:
     """
     file = paths.resolve(path)
     try:
-        with np.load(file, allow_pickle=False) as content:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as content:
             table, facts = content["table"], json.loads(str(content["facts"]))
         languages = tuple(facts["languages"])
         fitting = facts["orders"] == list(ORDERS) and facts["scale"] == SCALE

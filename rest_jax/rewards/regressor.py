@@ -8,7 +8,6 @@ The score is the network's, cut to [0, 1]. What 0 and 1 mean is what its labels 
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +196,7 @@ def write(
     checkpointer.save_params(directory / PARAMS, params)
     described: dict[str, Any] = {"sha256": vocabulary.sha256, "kind": type(vocabulary).__name__}
     if isinstance(vocabulary, SentencePieceVocabulary):
-        shutil.copyfile(vocabulary.path, directory / VOCABULARY_FILE)
+        (directory / VOCABULARY_FILE).write_bytes(vocabulary.path.read_bytes())
     if isinstance(vocabulary, SentencePieceVocabulary | ByteVocabulary):
         described["extra_ids"] = vocabulary.extra_ids
     values = {
@@ -208,6 +207,4 @@ def write(
         "vocabulary": described,
         **facts,
     }
-    partial = directory / f"{REWARD_FILE}.tmp"
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    partial.rename(directory / REWARD_FILE)
+    paths.write_text(directory / REWARD_FILE, json.dumps(values, indent=1) + "\n")
