@@ -29,6 +29,7 @@ def drawn_lengths(params, *, num_samples, max_length, temperature):
     return np.asarray(samples.lengths - samples.hit_eos).ravel()
 
 
+@pytest.mark.slow
 def test_samples_end_as_the_lengths_that_were_given():
     model = EncoderDecoderModel(t5.Transformer(CONFIG), None, None)
     wanted = np.random.default_rng(1).gamma(6.0, 2.0, 4000).astype(np.int64)  # mean 11.5
@@ -55,6 +56,7 @@ def test_flops_are_the_formulas():
     assert flops == decoder + steps * 2 * 64 * 256 + encoder
 
 
+@pytest.mark.slow
 def test_memory_of_sources_is_read_off_the_loop():
     setting = Setting(model="", sources=4, target_length=6)
     measured = growth.memory(setting, EncoderDecoderModel(t5.Transformer(CONFIG), None, None))["rows"]

@@ -188,6 +188,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert not model_dir.exists() and not cache.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_steps_one_by_one_equal_the_run(finished: Path, folder: Path, tmp_path: Path) -> None:
     options = [f"--gin_file={folder / 'run.gin'}", f"--model_dir={tmp_path}"]

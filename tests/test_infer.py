@@ -111,6 +111,7 @@ def test_lines_have_t5xs_fields_and_the_translations_of_translate(
     np.testing.assert_allclose([row["aux"]["scores"] for row in rows], aux["scores"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_shards_together_are_the_whole_and_modes_leave_out(run, tmp_path: Path) -> None:
     whole = run("--mode=predict", "--split=validation")
     assert whole[0].keys() == {"inputs", "prediction"}

@@ -146,6 +146,7 @@ def test_every_optimizer_with_every_schedule_finds_a_minimum(optimizer, name):
     assert loss(params) < 0.1 * loss(start)
 
 
+@pytest.mark.slow
 def test_adafactor_takes_scanned_layers_one_by_one():
     # Wide enough that kernels are factored; scales of layers far apart, so that a statistic of all layers shows.
     config = t5.T5Config(256, 128, 2, 3, 2, 64, 128)

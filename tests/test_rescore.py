@@ -180,6 +180,7 @@ def test_a_new_combination_of_what_is_stored_needs_no_tokens(tmp_path, config, r
     assert {path.name: path.read_bytes() for path in (tmp_path / "grow_1").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_an_added_reward_scores_as_if_it_had_been_there(tmp_path, config):
     store = write_store(tmp_path / "grow_1", ChrF())
     wanted = Guarded(WeightedSum((ChrF(), BLEU()), (0.3, 0.7)), (NotEmpty(), NotCopied()))

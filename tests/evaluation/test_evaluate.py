@@ -150,6 +150,7 @@ def test_the_measure_for_checkpoints_is_the_first_of_the_reported_samples(evalua
     np.testing.assert_allclose(evaluator.mean_reward(params), rewards[:, :2].mean(), atol=5e-7)
 
 
+@pytest.mark.slow
 def test_some_sources_and_some_of_the_test_split_can_be_measured(splits, params, tmp_path, directory, scores):
     small = make_evaluator(
         splits, dataclasses.replace(EVALUATION, selection_samples=SAMPLES, selection_sources=3, max_test_sources=2)

@@ -63,6 +63,7 @@ def test_the_own_reward_is_a_part_like_any_other(tmp_path, monkeypatch):
     assert found["total"] == pytest.approx(0.9 * found["chrf"], abs=1e-6) and found["chrf"] > 0
 
 
+@pytest.mark.slow
 def test_the_language_guard_as_shown(tmp_path):
     (text,) = re.findall(r"^```gin\n(.*?)^```$", HACKING, re.MULTILINE | re.DOTALL)
     texts = {"de": ["Und Gott sprach: Es werde Licht."] * 2, "en": ["And God said: Let there be light."] * 2}

@@ -103,6 +103,7 @@ def test_a_long_input_is_cut_where_the_predictor_cuts_it():
     assert np.abs(found - rewards_of(GOLDEN["errors"]["24"])).max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_mesh_splits_rows_and_weights_and_changes_no_reward():
     partitioner = Partitioner(make_mesh(data=4, model=2))
     files = METRICX.init(VOCABULARY)

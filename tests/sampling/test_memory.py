@@ -72,6 +72,7 @@ def test_layouts_have_about_the_slots_that_were_asked_for_and_work_for_all(batch
     assert list(layout.shrunk) == sorted(layout.shrunk, reverse=True)
 
 
+@pytest.mark.slow
 def test_the_plan_is_near_what_the_compiler_says():
     tiny = make_tiny(vocab=4000, embedding=4096, emb_dim=64, num_heads=4, head_dim=32, mlp_dim=128)
     sources = padded_sources((96,) * 8, vocab=4000)

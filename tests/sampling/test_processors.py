@@ -172,6 +172,7 @@ def test_top_k_keeps_the_k_most_probable_and_their_ties(logits, k):
         np.testing.assert_array_equal(after, np.where(row >= kth, row, np.float32(NEGATIVE_INFINITY)))
 
 
+@pytest.mark.slow
 @hypothesis.given(finite_logits, st.floats(0.01, 0.999))
 def test_top_p_keeps_a_set_that_reaches_p_and_is_minimal(logits, p):
     processed = np.asarray(LogitProcessing(top_p=p)(logits))
@@ -199,6 +200,7 @@ def test_epsilon_keeps_what_is_probable_enough_and_never_drops_the_most_probable
         assert (q[~kept & (logits > NEGATIVE_INFINITY)] <= epsilon * (1 + 1e-5)).all()
 
 
+@pytest.mark.slow
 @hypothesis.given(finite_logits, st.sampled_from(sorted(PROCESSINGS)))
 def test_every_processing_keeps_the_most_probable_token_and_no_masked_one(logits, name):
     processed = np.asarray(PROCESSINGS[name](logits))
