@@ -16,8 +16,19 @@ os.environ["XLA_FLAGS"] = " ".join(
 # A test that would download something must fail, not wait for a network; TFDS's mock data does not look.
 os.environ.setdefault("TFDS_DATA_DIR", "/nonexistent/tfds")
 
+from collections.abc import Iterator
+
 import hypothesis
+import jax
+import pytest
 
 # The outcome of a run is a function of the code: the examples are the same each time, and a slow machine fails none.
 hypothesis.settings.register_profile("rest_jax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("rest_jax")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """A file's compiled programs are of no use to the next; thousands of them take gigabytes."""
+    yield
+    jax.clear_caches()
