@@ -40,10 +40,10 @@ smoke: $(INSTALLED)
 
 # Whole files go to one process, so that a file's compiled programs and fixtures are made once.
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test_slow: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile
+	$(VENV)/bin/python -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff format --check .

@@ -23,8 +23,13 @@ import jax
 import pytest
 
 # The outcome of a run is a function of the code: the examples are the same each time, and a slow machine fails none.
-hypothesis.settings.register_profile("rest_jax", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("rest_jax", max_examples=50, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("rest_jax")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with runs of several processes first: started last, the longest of all would end alone."""
+    items.sort(key=lambda item: item.get_closest_marker("multiprocess") is None)
 
 
 @pytest.fixture(autouse=True, scope="module")

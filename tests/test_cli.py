@@ -202,6 +202,7 @@ def test_steps_one_by_one_equal_the_run(finished: Path, folder: Path, tmp_path: 
     assert cli.main(["grow", *options]) == 0  # nothing is left to do
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_evaluate_policies_and_checkpoints(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = json.loads((finished / "eval" / "improve_1.1.json").read_text())

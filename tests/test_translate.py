@@ -196,6 +196,7 @@ def test_lines_end_at_line_feeds_alone() -> None:
         list(translate.read_lines(io.BytesIO(b"\xff"), name="x"))
 
 
+@pytest.mark.slow
 def test_a_target_tag_stands_before_each_line_and_the_vocabularys_own_eos_behind(tmp_path: Path) -> None:
     # As in MADLAD-400: unk 0, EOS 2, and a piece for each target language.
     sentencepiece.SentencePieceTrainer.train(

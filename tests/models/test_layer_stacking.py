@@ -71,7 +71,9 @@ def test_scanned_layers_start_different_and_as_large_as_separate_ones():
     assert float(np.std(kernel)) == pytest.approx(256**-0.5, rel=0.03)
 
 
-@pytest.mark.parametrize("variant", [{}, {"relative_bias_per_layer": True}], ids=["T5", "UMT5"])
+@pytest.mark.parametrize(
+    "variant", [{}, pytest.param({"relative_bias_per_layer": True}, marks=pytest.mark.slow)], ids=["T5", "UMT5"]
+)
 def test_scanned_layers_compute_what_separate_ones_do(variant):
     config = dataclasses.replace(PLAIN, **variant)
     params = init(config)

@@ -130,6 +130,7 @@ def test_a_mesh_splits_rows_and_weights_and_changes_no_reward():
     assert METRICX.rows_per_step * 128 < tokens <= METRICX.rows_per_step * 256
 
 
+@pytest.mark.slow
 def test_the_program_that_draws_scores_its_samples_on_a_mesh():
     partitioner = Partitioner(make_mesh(data=4, model=2))
     model = EncoderDecoderModel(Transformer(T5Config(384, 16, 2, 1, 1, 8, 16)), VOCABULARY, VOCABULARY)
