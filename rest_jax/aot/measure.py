@@ -47,8 +47,9 @@ class Measured:
       program: its name.
       fits: it compiled within the device's memory.
       hbm: bytes that there are.
-      arguments, outputs, temporaries, code, total: bytes that it takes; outputs without those that reuse an argument's
-        memory. Where it does not fit, the total is what the compiler asked for, None if it did not say.
+      arguments, outputs, temporaries, code: bytes; outputs without those that reuse an argument's memory.
+      total: bytes at the worst moment, code included, which can be less than their sum. Where it does not fit, what the
+        compiler asked for, None if it did not say.
       buffers: (what, bytes), the largest first: where it failed named by the compiler, or if it gave
         no list the traced program's; else the arguments.
       sampling_parts: (what, bytes) of the memory plan of sampling.
@@ -143,7 +144,8 @@ def measure(program: Program, *, model: Any, lengths: dict[str, int]) -> Measure
     rest = [loop for loop in analysis.loops if loop not in decoding]
     stats = compiled.memory_analysis()
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    whole = stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    # At the worst moment; temporaries that are never there together add up to more.
+    peak = stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
     return Measured(
         **common,
         fits=True,
@@ -152,7 +154,7 @@ def measure(program: Program, *, model: Any, lengths: dict[str, int]) -> Measure
         outputs=outputs,
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
-        total=whole,
+        total=peak,
         buffers=_arguments(program)[:6],
         once=once,
         step=step,
