@@ -1,6 +1,6 @@
 """The paper's data sets on pods, worked out from the compile table.
 
-    python -m tests.benchmarks.pods.scale --json build/pods.json --model madlad400_10b
+    python -m tests.benchmarks.pods.scale --json build/pods.json --model madlad400_10b --parameters 1.07e10
 
 Grow makes a data set's samples once; Improve trains on those that pass the filter. Every number but the data sets'
 sizes and the constants below comes from the table's file.
