@@ -1,6 +1,7 @@
 """Paths that users give, on disk or in a bucket, and names of files that come with the package."""
 
 import importlib.util
+import json
 import os
 import shutil
 from pathlib import Path
@@ -114,6 +115,13 @@ def kvstore(folder: Path) -> dict[str, str]:
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` of UTF-8."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of a value as JSON, in a folder that is made where there is none."""
+    text = json.dumps(value, indent=1) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:

@@ -270,7 +270,7 @@ class Runner:
             result = getattr(self, f"_{phase.kind}")(phase, self._progress(phase))
             self._writer.flush()
             if self.processes.lead:
-                write_json(mark, {"name": phase.name, **result, "seconds": round(time.monotonic() - started, 2)})
+                paths.write_json(mark, {"name": phase.name, **result, "seconds": round(time.monotonic() - started, 2)})
             self.processes.wait_for_file(mark)
             if phase.kind == "evaluate" and self.processes.lead:
                 self._summarise(num_resamples=0)
@@ -292,7 +292,7 @@ class Runner:
             seed=self.config.seed,
             facts=facts,
         )
-        write_json(self.model_dir / "summary.json", summary)
+        paths.write_json(self.model_dir / "summary.json", summary)
         return summary
 
     def finish(self) -> str:
@@ -337,7 +337,7 @@ class Runner:
             partitioner=config.partitioner,
             seed=config.seed,
         )
-        write_json(path, result)
+        paths.write_json(path, result)
 
     def _policy_mark(self, name: str) -> Path:
         return mark_path(self.model_dir, next(phase for phase in self.phases if phase.name == name))
@@ -530,9 +530,3 @@ class Runner:
             devices=len(devices),
             peak_flops=None if chip is None else chip.flops * len(devices),
         )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    paths.write_text(path, json.dumps(value, indent=1) + "\n")

@@ -214,7 +214,7 @@ def train_reward(config: RewardTraining, *, stop_requested: Callable[[], bool] =
         "failures_below_original": _failures_below(config, held, scores, score=lambda part: score(params, part)),
         "seconds": round(time.monotonic() - started, 2),
     }
-    rest_lib.write_json(directory / "summary.json", summary)
+    paths.write_json(directory / "summary.json", summary)
     files = regressor.RegressorFiles(
         config=module.config,
         joined=joined,

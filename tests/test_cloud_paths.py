@@ -26,7 +26,6 @@ from rest_jax.errors import UserError
 from rest_jax.partitioning import Partitioner, make_mesh, standard_logical_axis_rules
 from rest_jax.profiling import ProfiledSteps
 from rest_jax.reporting.metrics_writer import MetricsWriter, read_metrics
-from rest_jax.rest import write_json
 from tests.cloud_emulator import BUCKET, emulator, this_process_in
 from tests.tiny_project import make_project
 
@@ -48,14 +47,6 @@ def folder(environment: dict[str, str], request: pytest.FixtureRequest) -> Path:
 
 
 # Which paths there are.
-
-
-def test_local_paths_are_pathlibs():
-    for text, expected in (("runs/a", "runs/a"), ("/runs/a", "/runs/a"), ("~/a", str(Path.home() / "a")), ("", ".")):
-        found = paths.resolve(text)
-        assert isinstance(found, Path) and str(found) == expected and not paths.in_bucket(found)
-    assert paths.resolve("odd/name://x") == Path("odd/name://x")  # no scheme: there is a slash before
-    assert paths.resolve(VOCABULARY).is_file()
 
 
 @pytest.mark.parametrize("text", ["s3://bucket/run", "az://bucket/run", "hdfs://host/run", "GS://bucket/run"])
@@ -131,9 +122,9 @@ def test_what_is_written_is_read_back(folder, tmp_path, place):
 def test_a_mark_is_whole_or_absent(folder):
     path = folder / "bc" / "RESULT.json"
     with pytest.raises(TypeError):
-        write_json(path, {"good": 1, "bad": object()})
+        paths.write_json(path, {"good": 1, "bad": object()})
     assert not path.exists()
-    write_json(path, {"good": 1})
+    paths.write_json(path, {"good": 1})
     assert json.loads(path.read_text()) == {"good": 1}
 
 

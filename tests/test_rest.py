@@ -2,7 +2,7 @@
 
 import pytest
 
-from rest_jax.rest import Phase, algorithm_1, mark_path, phase_directory, phase_seed, write_json
+from rest_jax.rest import Phase, algorithm_1, mark_path, phase_directory, phase_seed
 
 
 def phases(grow_steps, improve_steps, *, bc_long=True, restart_from_base=False):
@@ -87,13 +87,3 @@ def test_a_phases_seed_never_changes():
     # Another value would continue a run that is under way in another order: the first 4 bytes of sha256("0/bc").
     assert phase_seed(0, "bc") == 1680862258
     assert phase_seed(7, "improve_1.2") == 215159350
-
-
-def test_a_mark_is_whole_or_absent(tmp_path):
-    path = tmp_path / "bc" / "RESULT.json"
-    with pytest.raises(TypeError):
-        write_json(path, {"good": 1, "bad": object()})
-    assert not path.exists()
-    write_json(path, {"good": 1})
-    assert path.read_text() == '{\n "good": 1\n}\n'
-    assert [child.name for child in path.parent.iterdir()] == ["RESULT.json"]

@@ -195,7 +195,6 @@ def _evaluate_checkpoint(options: Any, runner: Any) -> None:
     """Into MODEL_DIR/eval/checkpoints, where the run's own evaluations are not."""
     from rest_jax import paths, run_files
     from rest_jax.checkpoints import checkpointer
-    from rest_jax.rest import write_json
 
     found = checkpointer.find_checkpoint(options.checkpoint)
     run_files.check_same_vocabulary("--checkpoint", found, vocabulary_sha256=runner.config.data.vocabulary.sha256)
@@ -207,6 +206,6 @@ def _evaluate_checkpoint(options: Any, runner: Any) -> None:
     scores = runner.evaluator.evaluate(params, directory=directory, name=name)
     if not runner.processes.lead:
         return
-    write_json(directory / f"{name}.json", {"checkpoint": str(paths.absolute(found)), **scores})
+    paths.write_json(directory / f"{name}.json", {"checkpoint": str(paths.absolute(found)), **scores})
     shown = " | ".join(f"{key} {scores[key]:.4f}" for key in ("reward", "bleu", "chrf", "ter"))
     print(f"{found}: {shown}\nFiles: {directory}/{name}.*")

@@ -32,7 +32,7 @@ def _audit_reward(options: Any) -> None:
     from rest_jax.checkpoints import checkpointer
     from rest_jax.data.lines import read_lines
     from rest_jax.reporting.audit_table import format_audit
-    from rest_jax.rest import ReST, write_json
+    from rest_jax.rest import ReST
     from rest_jax.rewards.base import check_reward
     from rest_jax.rewards.corruptions import in_language_of, other_source
 
@@ -74,7 +74,7 @@ def _audit_reward(options: Any) -> None:
     )
     print(format_audit(result))
     if options.output is not None:
-        write_json(paths.resolve(options.output), result)
+        paths.write_json(paths.resolve(options.output), result)
 
 
 def _train_language_id(options: Any) -> None:
