@@ -201,13 +201,13 @@ def _score(
             return reward.score(params, batch)
 
     parts = []
-    num_pairs = len(batch["samples"])
+    num_pairs, own = len(batch["samples"]), partitioner.local_rows(sources_per_chunk)
     for start in range(0, num_pairs, sources_per_chunk):
         rows = np.arange(start, start + sources_per_chunk)
         # The last chunk is filled up with its first pair.
-        taken = np.where(rows < num_pairs, rows, start)
+        taken = np.where(rows < num_pairs, rows, start)[own]
         scored = program(params, partitioner.put_batch({name: values[taken] for name, values in batch.items()}))
-        parts.append({name: np.asarray(values)[rows < num_pairs] for name, values in scored.items()})
+        parts.append({name: values[rows < num_pairs] for name, values in partitioner.fetch(scored).items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -298,17 +298,18 @@ class Runner:
     def finish(self) -> str:
         """Writes the last policy to MODEL_DIR/policy, the comparisons and the report; returns the table of the run.
 
-        All processes write the policy, the first one the rest; to the others it returns an empty text.
+        All processes write the policy and audit the reward, the first one does the rest; to the others it returns an
+        empty text.
         """
         trained = [phase.name for phase in self.phases if phase.kind in ("bc", "improve")]
         last = [name for name in trained if self.result(name) is not None][-1]
         checkpointer.save_params(
             self.model_dir / "policy", self.policy(last), dtype=self.config.policy_dtype, processes=self.processes
         )
+        self._audit_reward()
         if not self.processes.lead:
             return ""
         summary = self._summarise(num_resamples=self.config.evaluation.bootstrap_resamples)
-        self._audit_reward()
         report = write_report(self.model_dir)
         return f"{format_table(summary)}\n\nReport: {report}"
 
@@ -317,10 +318,6 @@ class Runner:
         config, path = self.config, self.model_dir / AUDIT
         if not (config.reward.learned and config.evaluation.audit_pairs) or path.exists():
             return
-        if self.processes.count > 1:
-            # The audit's program would need all processes; the command does it, with one.
-            print("The reward was not audited: rest_jax audit_reward does it, with one process.", flush=True)
-            return
         pairs = audit_lib.pairs_of_run(
             config.reward,
             eval_set=self._eval_set,
@@ -328,16 +325,22 @@ class Runner:
             num_pairs=config.evaluation.audit_pairs,
             seed=config.seed,
         )
-        result = audit_lib.audit(
-            config.reward,
-            pairs,
-            params=self.reward_params,
-            data=config.data,
-            sampling=config.evaluation.sampling,
-            partitioner=config.partitioner,
-            seed=config.seed,
-        )
-        paths.write_json(path, result)
+        try:
+            result = audit_lib.audit(
+                config.reward,
+                pairs,
+                params=self.reward_params,
+                data=config.data,
+                sampling=config.evaluation.sampling,
+                partitioner=config.partitioner,
+                seed=config.seed,
+            )
+        except UserError as error:  # no pair can be used; the run is worth its report without
+            if self.processes.lead:
+                print(f"The reward was not audited: {error}", flush=True)
+            return
+        if self.processes.lead:
+            paths.write_json(path, result)
 
     def _policy_mark(self, name: str) -> Path:
         return mark_path(self.model_dir, next(phase for phase in self.phases if phase.name == name))

@@ -28,12 +28,15 @@ import orbax.checkpoint as ocp
 import pytest
 
 from rest_jax.data.store import ScoredStore
+from tests.rewards.tiny_embeddings import write_model
 from tests.tiny_project import make_project
 
 pytestmark = pytest.mark.multiprocess
 TOLERANCE = 3e-5
 BARRIER_SECONDS = 40
 CONFIG = """
+from rest_jax.rewards import embeddings
+
 TRAIN_STEPS = 8
 MICROBATCHES = 1
 EVAL_PERIOD = 4
@@ -42,13 +45,17 @@ SOURCES_PER_CHUNK = 8
 IMPROVE_TRAIN_STEPS = 4
 IMPROVE_EVAL_PERIOD = 2
 improve/training.Training.checkpoint_period = 1
+REWARD = @embeddings.StaticEmbeddings()
+embeddings.StaticEmbeddings.directory = 'embeddings'
 """
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # The last chunk has fewer sources than there are rows, and with four processes some have none.
-    return make_project(tmp_path_factory.mktemp("pods"), sizes={"train": 49, "validation": 8, "test": 8}, config=CONFIG)
+    root = tmp_path_factory.mktemp("pods")
+    write_model(root / "embeddings", shared=True)  # a learned reward, which the run audits
+    return make_project(root, sizes={"train": 49, "validation": 8, "test": 8}, config=CONFIG)
 
 
 def start(project: Path, model_dir: Path, *, processes: int) -> list[subprocess.Popen[str]]:
@@ -138,6 +145,8 @@ def check_same_run(model_dir: Path, other: Path) -> None:
                 assert phase[key] == close, (phase["name"], key)
             else:
                 np.testing.assert_allclose(phase[key], same[key], atol=1e-4)
+    audits = [json.loads((folder / "audit.json").read_text()) for folder in (model_dir, other)]
+    assert audits[0] == audits[1] and audits[0]["pairs"] > 0
 
 
 def test_two_processes_make_the_run_of_one(project: Path, one: Path) -> None:

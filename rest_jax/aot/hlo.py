@@ -32,6 +32,8 @@ _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:\{[^{}]*\})?(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^{}]*)\}"
 )
 _PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_STARTS = 'custom_call_target="AsyncCollectiveStart"'
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -205,6 +207,10 @@ class _Reader:
         self._computations = computations
         self._devices_per_slice = devices_per_slice
         self._known: dict[str, Analysis] = {}
+        # Of collectives that one fusion starts; many others, whose work goes on meanwhile, each show it again.
+        self._started = {
+            channel for body in computations.values() if _starts(body) for channel in map(_channel, body.values())
+        } - {None}
 
     def read(self, name: str) -> Analysis:
         if name not in self._known:
@@ -224,6 +230,8 @@ class _Reader:
             return Analysis(Costs())
         kind = opcode.removesuffix("-start")
         if kind in COLLECTIVES:
+            if _channel(instruction) in self._started and not _starts(computation):
+                return Analysis(Costs())
             return Analysis(Costs(collectives=(self._collective(kind, instruction, computation),)))
         called = _CALLED.findall(attributes)
         if opcode == "while":
@@ -320,6 +328,15 @@ class _Reader:
                 else:
                     total += _total_bytes(body[name].shape)
         return total
+
+
+def _starts(body: _Computation) -> bool:
+    return any(_STARTS in each.attributes for each in body.values())
+
+
+def _channel(instruction: _Instruction) -> str | None:
+    found = _CHANNEL.search(instruction.attributes)
+    return found[1] if found else None
 
 
 def _updated(body: _Computation) -> dict[str, int]:
