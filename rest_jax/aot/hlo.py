@@ -286,9 +286,9 @@ class _Reader:
         if opcode == "fusion":
             return self._fusion_bytes(instruction, shapes)
         if opcode.endswith("-start"):
-            made = [size for size, in_hbm in _array_bytes(instruction.shape)[:1] if in_hbm]
-            moved = _array_bytes(instruction.shape)[0][0]
-            return sum(made) + moved * any(_hbm_bytes(shape) for shape in shapes[:1])
+            # To and from, of which a slice's origin is the larger; then what only the hardware reads.
+            ends = _array_bytes(instruction.shape)[:2]
+            return min(size for size, _ in ends) * sum(in_hbm for _, in_hbm in ends)
         if opcode in ("dynamic-slice", "gather"):
             return _hbm_bytes(instruction.shape) + _total_bytes(instruction.shape) * bool(_hbm_bytes(shapes[0]))
         if opcode in ("dynamic-update-slice", "scatter"):

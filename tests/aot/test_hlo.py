@@ -50,6 +50,8 @@ ENTRY %main (a: f32[6,128,256], b: f32[128,256]) -> f32[128,256] {
   %a = f32[6,128,256]{2,1,0:T(8,128)} parameter(0)
   %b = f32[128,256]{1,0:T(8,128)} parameter(1)
   %zero = s32[]{:T(128)} constant(0)
+  %near = ((f32[6,128,256]{2,1,0:T(8,128)}), f32[1,128,256]{2,1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:1], [0:128], [0:256]}
+  %far = (f32[128,256]{1,0:T(8,128)}, f32[128,256]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%b)
   %start = (s32[]{:T(128)}, f32[6,128,256]{2,1,0:T(8,128)}, f32[128,256]{1,0:T(8,128)}) tuple(%zero, %a, %b)
   %gather = f32[128,2048]{1,0:T(8,128)} all-gather(%b), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}, dimensions={1}
   %decode = (s32[]{:T(128)}, f32[6,128,256]{2,1,0:T(8,128)}, f32[128,256]{1,0:T(8,128)}) while(%start), condition=%unfinished, body=%outer, metadata={op_name="jit(f)/shard_map/while"}
@@ -68,6 +70,8 @@ def test_loops_and_collectives_of_a_tpu_program():
     assert 6 * LAYER <= loop.costs.hbm_bytes < 6 * (LAYER + 128) + 7 * LAYER  # and what the condition reads
     (reduction,) = loop.costs.collectives
     assert reduction == hlo.Collective(kind="all-reduce", size=LAYER, group=4, across_slices=False, count=6)
+    # A slice comes into the core's own memory, and a copy goes out of it.
+    assert analysis.once.hbm_bytes == 2 * LAYER
     (gather,) = analysis.once.collectives
     assert gather == hlo.Collective(kind="all-gather", size=8 * LAYER, group=8, across_slices=True)
 

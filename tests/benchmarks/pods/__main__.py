@@ -2,12 +2,14 @@
 
     python -m tests.benchmarks.pods --json build/pods.json [--models t5_1_1_small ...] [--chips v5e ...]
 
-Each row is one run of `python -m rest_jax compile`; of the meshes in MODEL_PARALLEL the narrowest that fits is kept.
-Rows that stand in the file are not compiled again, so that a run that was stopped goes on.
+Each row is one run of `python -m rest_jax compile`. What is kept is the first that fits of: 'model' of 1, 2, 4, ...
+devices, for Improve each with the parameters whole on every data shard, then split over 'data'. Rows that stand in the
+file are not compiled again, so that a run that was stopped goes on.
 """
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import subprocess
 import sys
@@ -16,15 +18,16 @@ import threading
 from pathlib import Path
 from typing import Any
 
-# Name of the model's gin file -> ids of its vocabulary, as `spiece.model` has them with T5's 100 sentinels.
+# Name of the model's gin file -> ids of its vocabulary, as `spiece.model` has them with T5's 100 sentinels, and
+# parameters.
 MODELS = {
-    "t5_1_1_small": 32100,
-    "t5_1_1_base": 32100,
-    "t5_1_1_large": 32100,
-    "t5_1_1_xl": 32100,
-    "t5_1_1_xxl": 32100,
-    "madlad400_3b": 256000,
-    "madlad400_10b": 256000,
+    "t5_1_1_small": (32100, 77e6),
+    "t5_1_1_base": (32100, 248e6),
+    "t5_1_1_large": (32100, 783e6),
+    "t5_1_1_xl": (32100, 2.85e9),
+    "t5_1_1_xxl": (32100, 11.1e9),
+    "madlad400_3b": (256000, 2.94e9),
+    "madlad400_10b": (256000, 10.7e9),
 }
 # One host, one slice of 256 chips, two such slices.
 TOPOLOGIES = {
@@ -32,6 +35,7 @@ TOPOLOGIES = {
     "v5p": {"host": ("v5p:2x2x1", 1), "slice": ("v5p:4x8x8", 1), "slices": ("v5p:4x8x8", 2)},
     "v6e": {"host": ("v6e:2x4", 1), "slice": ("v6e:16x16", 1), "slices": ("v6e:16x16", 2)},
 }
+HBM = {"v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
 CHIPS = {"host": {"v5e": 8, "v5p": 4, "v6e": 8}, "slice": dict.fromkeys(TOPOLOGIES, 256)}
 MODEL_PARALLEL = (1, 2, 4, 8, 16)
 SOURCES_PER_SHARD, ROWS_PER_SHARD = 8, 8
@@ -75,23 +79,23 @@ def compile_row(model: str, chip: str, scale: str, phase: str, *, effort: float)
     """What `compile` finds for the narrowest mesh that fits; why not, where none does."""
     topology, slices = TOPOLOGIES[chip][scale]
     devices = CHIPS["host" if scale == "host" else "slice"][chip] * slices
-    reason = ""
-    for width in MODEL_PARALLEL:
+    vocabulary_size, parameters = MODELS[model]
+    reason = "parameters and gradients in float32 are more than the chip has"
+    for width, over_data in itertools.product(MODEL_PARALLEL, (False, True) if phase == "improve" else (False,)):
         if devices % (slices * width):
+            continue
+        if phase == "improve" and not over_data and 8 * parameters / width > HBM[chip]:
             continue
         shards = devices // width
         bindings = {
-            "VOCABULARY_SIZE": MODELS[model],
+            "VOCABULARY_SIZE": vocabulary_size,
             "MODEL_PARALLEL": width,
             "REPLICAS": slices,
             "SOURCES_PER_CHUNK": SOURCES_PER_SHARD * shards,
             "BATCH_SIZE": ROWS_PER_SHARD * shards,
         }
         if phase == "improve":
-            bindings |= {
-                "REMAT_POLICY": "'full'",
-                "PARAMETER_PARTITIONING_DIMS": 2,
-            }
+            bindings |= {"REMAT_POLICY": "'full'", "PARAMETER_PARTITIONING_DIMS": 2 if over_data else 1}
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "found.json"
             command = [sys.executable, "-m", "rest_jax", "compile", f"--gin_file=models/{model}.gin"]
@@ -100,7 +104,8 @@ def compile_row(model: str, chip: str, scale: str, phase: str, *, effort: float)
             command += [f"--gin.{name}={value}" for name, value in bindings.items()]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
-                return {"fits": True, "command": command[1:], **json.loads(file.read_text())}
+                found = json.loads(file.read_text())
+                return {"fits": True, "over_data": over_data, "command": command[1:], **found}
             reason = done.stderr.strip().splitlines()[-1]
             # What does not fit, or does not divide, may do so on a wider mesh; any other error is one of this script's.
             if done.returncode != 2 or not ("does not fit" in reason or "divided" in reason):
@@ -113,9 +118,9 @@ def line(model: str, chip: str, scale: str, phase: str, result: dict[str, Any]) 
     topology, slices = TOPOLOGIES[chip][scale]
     where = topology if slices == 1 else f"{slices} x {topology}"
     if not result["fits"]:
-        return f"| {model} | {where} | {phase} | none of the widths {MODEL_PARALLEL} fits | | | | | |"
+        return f"| {model} | {where} | {phase} | no mesh fits | | | | | |"
     (found,) = result["programs"]
-    mesh = " x ".join(str(size) for size in result["mesh"].values())
+    mesh = " x ".join(str(size) for size in result["mesh"].values()) + (" F" if result["over_data"] else "")
     cells = [
         model,
         where,
