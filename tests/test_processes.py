@@ -54,8 +54,12 @@ embeddings.StaticEmbeddings.directory = 'embeddings'
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # The last chunk has fewer sources than there are rows, and with four processes some have none.
     root = tmp_path_factory.mktemp("pods")
-    write_model(root / "embeddings", shared=True)  # a learned reward, which the run audits
-    return make_project(root, sizes={"train": 49, "validation": 8, "test": 8}, config=CONFIG)
+    make_project(root, sizes={"train": 49, "validation": 8, "test": 8}, config=CONFIG)
+    # A learned reward, which the run audits on sentences that are short enough.
+    write_model(root / "embeddings", shared=True)
+    short = sorted((root / "train.tsv").read_text().splitlines(keepends=True), key=len)[:8]
+    (root / "validation.tsv").write_text("".join(short))
+    return root
 
 
 def start(project: Path, model_dir: Path, *, processes: int) -> list[subprocess.Popen[str]]:
