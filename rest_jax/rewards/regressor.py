@@ -1,7 +1,8 @@
-"""A reward that `python -m rest_jax train_reward` has trained: a T5 regressor with the policy's own vocabulary.
+"""A reward that `python -m rest_jax train_reward` has trained: a T5 regressor.
 
 Its directory holds `reward.json` (network, input, vocabulary), the vocabulary's file and the parameters, and stands by
-itself. The samples' ids are joined with the source's in the graph, so nothing is tokenised anew.
+itself. Source and sample are joined in the graph: their ids as they are where the policy has the same vocabulary, else
+retokenised, each by itself, as in training.
 
 The score is the network's, cut to [0, 1]. What 0 and 1 mean is what its labels were scaled to: see `data/ratings.py`.
 """
@@ -23,6 +24,7 @@ from rest_jax.models.regressor import fresh_head, regress, with_head
 from rest_jax.models.t5 import T5Config, Transformer
 from rest_jax.rewards.base import Reward, RewardBatch, RewardVocabulary
 from rest_jax.rewards.joined_input import JoinedInput, split
+from rest_jax.rewards.retokenization import Retokenizer
 from rest_jax.rewards.row_groups import score_rows
 
 REWARD_FILE, VOCABULARY_FILE, PARAMS = "reward.json", "vocabulary.model", "params"
@@ -92,19 +94,12 @@ class Regressor(Reward):
         return "reference" in read(self.directory).joined.fields
 
     def init(self, vocabulary: RewardVocabulary) -> dict[str, Any]:
-        """The network's tensors as they lie in the file, and the EOS at which texts end.
+        """The network's tensors as they lie in the file, its vocabulary's EOS, and tables where the policy has another.
 
         Raises:
-          UserError: no reward there, or one with another vocabulary.
+          UserError: no reward there, or one whose vocabulary is neither the policy's nor a SentencePiece unigram model.
         """
         files = read(self.directory)
-        sha256 = getattr(vocabulary, "sha256", None)
-        if sha256 != files.vocabulary_sha256:
-            raise UserError(
-                f"Regressor.directory: {self.directory!r} reads another vocabulary than the policy's (sha256 "
-                f"{files.vocabulary_sha256[:12]}... and {str(sha256)[:12]}...). Train a reward with the policy's: "
-                "python -m rest_jax train_reward with the same VOCABULARY."
-            )
         opened = formats.open_checkpoint(str(paths.resolve(self.directory) / PARAMS), field="Regressor.directory")
         tensors.check_same_names_and_shapes(
             have={name: leaf.shape for name, leaf in opened.tensors.items()},
@@ -112,17 +107,49 @@ class Regressor(Reward):
             what=f"Regressor.directory: {self.directory!r}",
             advice="Train the reward again.",
         )
-        return {"params": tensors.unflatten(opened.tensors), "eos_id": np.int32(vocabulary.eos_id)}
+        params = {"params": tensors.unflatten(opened.tensors)}
+        sha256 = getattr(vocabulary, "sha256", None)
+        if sha256 == files.vocabulary_sha256:
+            return params | {"eos_id": np.int32(vocabulary.eos_id)}
+        if not self._vocabulary.is_file():
+            raise UserError(
+                f"Regressor.directory: {self.directory!r} reads another vocabulary than the policy's (sha256 "
+                f"{files.vocabulary_sha256[:12]}... and {str(sha256)[:12]}...), and texts are retokenised for "
+                "SentencePiece unigram models alone. Train a reward with the policy's: python -m rest_jax train_reward "
+                "with the same VOCABULARY."
+            )
+        return params | {
+            "eos_id": np.int32(SentencePieceVocabulary(str(self._vocabulary)).eos_id),
+            "retokenizer": self._retokenizer("sample", length=files.length).init(vocabulary),
+        }
+
+    @property
+    def _vocabulary(self) -> Path:
+        return paths.resolve(self.directory) / VOCABULARY_FILE
+
+    def _retokenizer(self, field: str, *, length: int) -> Retokenizer:
+        return Retokenizer(sentencepiece_model_file=str(self._vocabulary), template=f"{{{field}}}", max_tokens=length)
 
     def score(self, params: dict[str, Any], batch: RewardBatch) -> dict[str, jax.Array]:
         files = read(self.directory)
-        samples = batch["samples"]
-        num_sources, num_samples, _ = samples.shape
-        sources = {"source": batch["sources"], "reference": batch["references"]}
-        fields = {name: sources[name] for name in files.joined.fields if name != "sample"}
-        # [batch, num_samples, length] -> [batch * num_samples, length]
-        texts = {name: jnp.repeat(tokens, num_samples, axis=0) for name, tokens in fields.items()}
-        texts["sample"] = samples.reshape(num_sources * num_samples, -1)
+        num_sources, num_samples, _ = batch["samples"].shape
+        # [batch, 1 or num_samples, length]
+        texts = {
+            "source": batch["sources"][:, None],
+            "sample": batch["samples"],
+            "reference": batch["references"][:, None],
+        }
+        texts = {name: texts[name] for name in {*files.joined.fields, "sample"}}
+        if "retokenizer" in params:
+            texts = {
+                name: self._retokenizer(name, length=files.length)(params["retokenizer"], {name: tokens}).ids
+                for name, tokens in texts.items()
+            }
+        # -> [batch * num_samples, length]
+        texts = {
+            name: jnp.repeat(tokens, num_samples // tokens.shape[1], axis=1).reshape(num_sources * num_samples, -1)
+            for name, tokens in texts.items()
+        }
         inputs = files.joined.join_rows(texts, eos_id=params["eos_id"])[:, : files.length]
         scores = score_inputs(
             files.module,

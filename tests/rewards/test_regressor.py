@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rest_jax.checkpoints import checkpointer
-from rest_jax.data.vocabulary import ByteVocabulary
+from rest_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary
 from rest_jax.errors import UserError
 from rest_jax.models.regressor import regress
 from rest_jax.models.t5 import T5Config
@@ -17,7 +17,7 @@ from rest_jax.rewards import regressor
 from rest_jax.rewards.base import check_reward
 from rest_jax.rewards.joined_input import IN_DECODER, WITH_REFERENCE, WITHOUT_REFERENCE, JoinedInput
 
-BYTES = ByteVocabulary()
+BYTES, DEMO = ByteVocabulary(), SentencePieceVocabulary("rest_jax://tasks/demo_data/vocab.model")
 CONFIG = T5Config(
     vocab_size=384, emb_dim=16, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, head_dim=8, mlp_dim=16
 )
@@ -25,10 +25,10 @@ SOURCES = ["Am Anfang schuf Gott", "Licht", "Es werde"]
 SAMPLES = [["In the beginning", "At first"], ["Light", "light and light"], ["Let there be", ""]]
 
 
-def ids(texts: list[str], length: int) -> np.ndarray:
+def ids(texts: list[str], length: int, vocabulary=BYTES) -> np.ndarray:
     rows = np.zeros((len(texts), length), np.int32)
     for row, text in zip(rows, texts, strict=True):
-        tokens = [*BYTES.encode(text), BYTES.eos_id][:length]
+        tokens = [*vocabulary.encode(text), vocabulary.eos_id][:length]
         row[: len(tokens)] = tokens
     return rows
 
@@ -48,15 +48,15 @@ def directory(tmp_path_factory):
     return write(path, WITHOUT_REFERENCE)
 
 
-def write(path, template: str) -> str:
+def write(path, template: str, vocabulary=BYTES, *, seed: int = 0) -> str:
     files = regressor.RegressorFiles(
-        config=CONFIG,
-        joined=JoinedInput.from_template(template, BYTES),
+        config=dataclasses.replace(CONFIG, vocab_size=vocabulary.vocab_size),
+        joined=JoinedInput.from_template(template, vocabulary),
         length=70,
-        vocabulary_sha256=BYTES.sha256,
+        vocabulary_sha256=vocabulary.sha256,
     )
-    params = jax.jit(lambda key: regressor.initial_regressor(files.module, key))(jax.random.key(0))
-    regressor.write(path, files=files, params=params, vocabulary=BYTES, facts={"labels": "none"})
+    params = jax.jit(lambda key: regressor.initial_regressor(files.module, key))(jax.random.key(seed))
+    regressor.write(path, files=files, params=params, vocabulary=vocabulary, facts={"labels": "none"})
     return str(path)
 
 
@@ -64,15 +64,15 @@ def on_device(params):
     return checkpointer.put_params(params, Partitioner(make_mesh(devices=jax.devices()[:1])))
 
 
-def scores(directory: str, batch, **fields) -> np.ndarray:
+def scores(directory: str, batch, *, vocabulary=BYTES, **fields) -> np.ndarray:
     reward = regressor.Regressor(directory, **fields)
-    params = on_device(reward.init(BYTES))
+    params = on_device(reward.init(vocabulary))
     return np.asarray(reward.combine(jax.jit(reward.score)(params, batch)))
 
 
 def test_scores_are_the_networks_on_the_joined_text(directory):
     files = regressor.read(directory)
-    assert files.config == CONFIG
+    assert files.config == dataclasses.replace(CONFIG, vocab_size=BYTES.vocab_size)
     params = on_device(regressor.Regressor(directory).init(BYTES))["params"]
     found = scores(directory, reward_batch())
     network = jax.jit(lambda tokens: regress(files.module, params, tokens)[0, 0])
@@ -110,6 +110,22 @@ def test_what_a_reward_needs_is_read_from_its_directory(directory, tmp_path):
     assert with_reference.requires_reference
     with pytest.raises(UserError, match="no reference"):
         check_reward(dataclasses.replace(with_reference), has_references=False)
+
+
+@pytest.mark.parametrize("template", [WITH_REFERENCE, IN_DECODER])
+def test_a_policy_with_another_vocabulary_is_retokenised(template, tmp_path):
+    own = write(tmp_path / "reward", template, DEMO, seed=1)  # one whose scores are not all below 0
+    tokens = {
+        vocabulary: {
+            "samples": np.stack([ids(texts, 70, vocabulary) for texts in SAMPLES]),
+            "sources": ids(SOURCES, 70, vocabulary),
+            "references": ids([texts[0] for texts in SAMPLES], 70, vocabulary),
+        }
+        for vocabulary in (BYTES, DEMO)
+    }
+    expected = scores(own, tokens[DEMO], vocabulary=DEMO)
+    assert np.ptp(expected) > 0.01
+    np.testing.assert_allclose(scores(own, tokens[BYTES], vocabulary=BYTES), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_another_vocabulary_and_a_missing_directory_are_refused(directory, tmp_path):
