@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,16 @@ def main() -> None:
     ]
 
     def one(row: tuple[str, str, str, str]) -> None:
+        started = time.monotonic()
         result = compile_row(*row, effort=options.effort)
         with _lock:
             found["/".join(row)] = result
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(found, indent=1) + "\n")
-            print(line(*row, result), flush=True)
+            print(
+                f"{'/'.join(row)} | {' | '.join(cells(row[3], result))} | {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
 
     with concurrent.futures.ThreadPoolExecutor(options.processes) as pool:
         list(pool.map(one, wanted))
@@ -113,34 +118,36 @@ def compile_row(model: str, chip: str, scale: str, phase: str, *, effort: float)
     return {"fits": False, "reason": reason}
 
 
-def line(model: str, chip: str, scale: str, phase: str, result: dict[str, Any]) -> str:
-    """A row of the table."""
-    topology, slices = TOPOLOGIES[chip][scale]
-    where = topology if slices == 1 else f"{slices} x {topology}"
-    if not result["fits"]:
-        return f"| {model} | {where} | {phase} | no mesh fits | | | | | |"
+def cells(phase: str, result: dict[str, Any] | None) -> list[str]:
+    """One phase's part of a row of the table."""
+    width = 5 if phase == "grow" else 4
+    if result is None or not result["fits"]:
+        return ["not compiled" if result is None else "no mesh fits", *[""] * (width - 1)]
     (found,) = result["programs"]
-    mesh = " x ".join(str(size) for size in result["mesh"].values()) + (" F" if result["over_data"] else "")
-    cells = [
-        model,
-        where,
-        phase,
-        mesh,
-        "" if found["slots"] is None else str(found["slots"]),
-        f"{found['total'] / 2**30:.2f} of {found['hbm'] / 2**30:.2f}",
+    mesh = " x ".join(str(size) for size in result["mesh"].values())
+    return [
+        f"{mesh}, over data" if result["over_data"] else mesh,
+        *([str(found["slots"])] if phase == "grow" else []),
+        f"{found['total'] / 2**30:.1f} of {found['hbm'] / 2**30:.1f}",
         f"{found['tokens_per_second_per_device']:,.0f}",
         f"{found['roofline_share']:.0%}",
-        f"{found['compile_seconds']:.0f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def table(found: dict[str, Any]) -> str:
-    head = (
-        "| model | topology | phase | replica x data x model | slots | GiB of HBM | tokens/s a device | roofline | s |"
-    )
-    rows = [line(*name.split("/"), result) for name, result in sorted(found.items())]
-    return "\n".join([head, "|---" * 9 + "|", *rows])
+    """A row for each model and topology; `found` by 'model/chip/scale/phase'."""
+    head = ["model", "topology"]
+    for phase in ("Grow", "Improve"):
+        head += [f"{phase}: mesh", *(["slots"] if phase == "Grow" else []), "GiB", "tokens/s", "roofline"]
+    rows = [head, ["---"] * len(head)]
+    for chip, scales in TOPOLOGIES.items():
+        for scale, (topology, slices) in scales.items():
+            for model in MODELS:
+                results = {phase: found.get(f"{model}/{chip}/{scale}/{phase}") for phase in ("grow", "improve")}
+                if any(results.values()):
+                    where = topology if slices == 1 else f"{slices} x {topology}"
+                    rows.append([model, where, *cells("grow", results["grow"]), *cells("improve", results["improve"])])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """The paper's data sets on pods, worked out from the compile table.
 
-    python -m tests.benchmarks.pods.scale --json build/pods.json --model madlad400_10b --parameters 1.07e10
+    python -m tests.benchmarks.pods.scale --json build/pods.json --model madlad400_10b
 
 Grow makes a data set's samples once; Improve trains on those that pass the filter. Every number but the data sets'
-sizes and the constants below comes from the table's file.
+sizes, the models' and the constants below comes from the table's file.
 """
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from tests.benchmarks.pods.__main__ import MODELS
 
 # Samples of a Grow step (Gulcehre et al. 2023, Table 1 and section 4), and their sources.
 DATA_SETS = {"IWSLT 2014 De-En": (16e6, 100), "WMT 2020 Zh-En": (890e6, 25), "Web domain En-Zh": (3e6, 1000)}
@@ -24,8 +26,7 @@ CHECKPOINT_RATE = 1e9  # bytes/s that one host writes to object storage; an assu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", required=True, type=Path)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--parameters", required=True, type=float, help="of the model, for its checkpoint")
+    parser.add_argument("--model", required=True, choices=MODELS)
     parser.add_argument("--scale", default="slice")
     options = parser.parse_args()
     found: dict[str, Any] = json.loads(options.json.read_text())
@@ -38,7 +39,11 @@ def main() -> None:
         if any(row is None or not row["fits"] for row in rows):
             continue
         for name, (samples, per_source) in DATA_SETS.items():
-            print(row_of(name, chip, samples, per_source, grow=rows[0], improve=rows[1], parameters=options.parameters))
+            print(
+                row_of(
+                    name, chip, samples, per_source, grow=rows[0], improve=rows[1], parameters=MODELS[options.model][1]
+                )
+            )
 
 
 def row_of(name: str, chip: str, samples: float, per_source: int, *, grow: Any, improve: Any, parameters: float) -> str:
