@@ -33,7 +33,8 @@ _MESH_GROUPS = re.compile(
 )
 _PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-_STARTS = 'custom_call_target="AsyncCollectiveStart"'
+_ASYNCHRONOUS = 'custom_call_target="AsyncCollective'
+_STARTS = f'{_ASYNCHRONOUS}Start"'
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -307,7 +308,7 @@ class _Reader:
             if not _hbm_bytes(shape) or parameter.name in updated:
                 continue
             total += min(self._read(body, parameter.name), _total_bytes(shape))
-        written = _array_bytes(instruction.shape)
+        written = [each for k, each in enumerate(_array_bytes(instruction.shape)) if k not in _carried(body)]
         if updated:
             return total + 2 * sum(updated.values()) + sum(sizes for sizes, hbm in written[len(updated) :] if hbm)
         return total + sum(size for size, in_hbm in written if in_hbm)
@@ -317,6 +318,8 @@ class _Reader:
         total = 0
         for each in body.values():
             for position in (number for number, operand in enumerate(each.operands) if operand == name):
+                if each.opcode == "tuple" or _exchanges(each):
+                    continue
                 if each.opcode in ("dynamic-slice", "gather") and position == 0:
                     total += _total_bytes(each.shape)
                 elif each.opcode == "bitcast":
@@ -332,6 +335,19 @@ class _Reader:
 
 def _starts(body: _Computation) -> bool:
     return any(_STARTS in each.attributes for each in body.values())
+
+
+def _exchanges(instruction: _Instruction) -> bool:
+    return instruction.opcode in COLLECTIVES or _ASYNCHRONOUS in instruction.attributes
+
+
+def _carried(body: _Computation) -> set[int]:
+    """Which of a fusion's results it only hands on: what goes on beside it in a collective."""
+    root = next(each for each in body.values() if each.is_root)
+    if _exchanges(root):
+        return set(range(len(_array_bytes(root.shape))))
+    sources = [body.get(name) for name in root.operands] if root.opcode == "tuple" else []
+    return {k for k, each in enumerate(sources) if each and (each.opcode == "parameter" or _exchanges(each))}
 
 
 def _channel(instruction: _Instruction) -> str | None:

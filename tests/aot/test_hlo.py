@@ -85,13 +85,13 @@ HloModule jit_g, is_scheduled=true
   ROOT %begun = (bf16[2,64]{1,0:T(2,128)(2,1)}, bf16[16,64]{1,0:T(2,128)(2,1)}, u32[]{:S(2)}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
 }
 
-%meanwhile (m.0: bf16[2,64], m.1: f32[8,8], m.2: u32[]) -> (f32[8,8], bf16[16,64], u32[]) {
+%meanwhile (m.0: bf16[2,64], m.1: f32[8,8], m.2: u32[]) -> (f32[8,8], bf16[2,64], bf16[16,64], u32[]) {
   %m.0 = bf16[2,64]{1,0:T(2,128)(2,1)} parameter(0)
   %m.1 = f32[8,8]{1,0:T(8,128)} parameter(1)
   %m.2 = u32[]{:S(2)} parameter(2)
   %work = f32[8,8]{1,0:T(8,128)} add(%m.1, %m.1)
   %gather.2 = bf16[16,64]{1,0:T(2,128)(2,1)} all-gather(%m.0), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
-  ROOT %both = (f32[8,8]{1,0:T(8,128)}, bf16[16,64]{1,0:T(2,128)(2,1)}, u32[]{:S(2)}) tuple(%work, %gather.2, %m.2)
+  ROOT %both = (f32[8,8]{1,0:T(8,128)}, bf16[2,64]{1,0:T(2,128)(2,1)}, bf16[16,64]{1,0:T(2,128)(2,1)}, u32[]{:S(2)}) tuple(%work, %m.0, %gather.2, %m.2)
 }
 
 ENTRY %main (a: bf16[2,64], b: f32[8,8]) -> f32[8,8] {
@@ -99,14 +99,16 @@ ENTRY %main (a: bf16[2,64], b: f32[8,8]) -> f32[8,8] {
   %b = f32[8,8]{1,0:T(8,128)} parameter(1)
   %f.0 = (bf16[2,64]{1,0:T(2,128)(2,1)}, bf16[16,64]{1,0:T(2,128)(2,1)}, u32[]{:S(2)}) fusion(%a), kind=kCustom, calls=%begin
   %flag = u32[]{:S(2)} get-tuple-element(%f.0), index=2
-  %f.1 = (f32[8,8]{1,0:T(8,128)}, bf16[16,64]{1,0:T(2,128)(2,1)}, u32[]{:S(2)}) fusion(%a, %b, %flag), kind=kCustom, calls=%meanwhile
+  %f.1 = (f32[8,8]{1,0:T(8,128)}, bf16[2,64]{1,0:T(2,128)(2,1)}, bf16[16,64]{1,0:T(2,128)(2,1)}, u32[]{:S(2)}) fusion(%a, %b, %flag), kind=kCustom, calls=%meanwhile
   ROOT %out = f32[8,8]{1,0:T(8,128)} get-tuple-element(%f.1), index=0
 }
 """
 
 
 def test_a_collective_that_goes_on_beside_other_work_counts_once():
-    (gather,) = hlo.analyse(ASYNCHRONOUS, devices_per_slice=8).once.collectives
+    once = hlo.analyse(ASYNCHRONOUS, devices_per_slice=8).once
+    assert once.hbm_bytes == 2 * 8 * 8 * 4  # what the other work reads and writes
+    (gather,) = once.collectives
     assert gather == hlo.Collective(kind="all-gather", size=16 * 64 * 2, group=8, across_slices=False)
 
 
