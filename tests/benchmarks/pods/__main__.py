@@ -39,6 +39,9 @@ TOPOLOGIES = {
 HBM = {"v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
 CHIPS = {"host": {"v5e": 8, "v5p": 4, "v6e": 8}, "slice": dict.fromkeys(TOPOLOGIES, 256)}
 MODEL_PARALLEL = (1, 2, 4, 8, 16)
+# Of each parameter that is whole on a data shard, the bytes that are certain to be there: a bfloat16 copy; a float32
+# parameter and its gradient.
+BYTES_PER_PARAMETER = {"grow": 2, "improve": 8}
 SOURCES_PER_SHARD, ROWS_PER_SHARD = 8, 8
 _lock = threading.Lock()
 
@@ -85,11 +88,11 @@ def compile_row(model: str, chip: str, scale: str, phase: str, *, effort: float)
     topology, slices = TOPOLOGIES[chip][scale]
     devices = CHIPS["host" if scale == "host" else "slice"][chip] * slices
     vocabulary_size, parameters = MODELS[model]
-    reason = "parameters and gradients in float32 are more than the chip has"
+    reason = "the parameters alone are more than the chip has"
     for width, over_data in itertools.product(MODEL_PARALLEL, (False, True) if phase == "improve" else (False,)):
         if devices % (slices * width):
             continue
-        if phase == "improve" and not over_data and 8 * parameters / width > HBM[chip]:
+        if not over_data and BYTES_PER_PARAMETER[phase] * parameters / width > HBM[chip]:
             continue
         shards = devices // width
         bindings = {
