@@ -141,6 +141,13 @@ def _comparison(run: Run, a: str, b: str, metric: str) -> Mapping[str, Any] | No
     )
 
 
+def _kind(comparison: Mapping[str, Any] | None) -> str:
+    """The colour of a difference: none where its interval holds zero, or there is none."""
+    if comparison is None:
+        return ""
+    return "good" if comparison["low"] > 0 else "bad" if comparison["high"] < 0 else ""
+
+
 def _tiles(run: Run) -> str:
     """What the last Improve step has over BC, and over the control, per measure."""
     final = final_policy(run.phases)
@@ -166,9 +173,8 @@ def _tiles(run: Run) -> str:
                 if comparison
                 else ""
             )
-            kind = "good" if difference > 0 else "bad" if difference < 0 else ""
             details.append(
-                f'<div class="tile-detail"><span class="{kind}">{show_signed(difference, key)}</span>'
+                f'<div class="tile-detail"><span class="{_kind(comparison)}">{show_signed(difference, key)}</span>'
                 f"{interval} over {_text(phase_label(name))}</div>"
             )
         before, after = f"{base[key]:.{digits}f}", f"{last[key]:.{digits}f}"
@@ -408,12 +414,11 @@ def _comparisons(run: Run) -> str:
     rows = []
     for c in comparisons:
         metric = c["metric"]
-        kind = "good" if c["low"] > 0 else "bad" if c["high"] < 0 else ""
         rows.append(
             [
                 _text(f"{c['a']} − {c['b']}"),
                 _text(metric),
-                f'<span class="{kind}">{show_signed(c["difference"], metric)}</span>',
+                f'<span class="{_kind(c)}">{show_signed(c["difference"], metric)}</span>',
                 f"[{show_signed(c['low'], metric)}, {show_signed(c['high'], metric)}]",
                 "yes" if c["low"] > 0 or c["high"] < 0 else "no",
             ]

@@ -187,6 +187,17 @@ def test_warns_when_the_gain_may_not_be_one(tmp_path):
     assert "bc_long" in missing
 
 
+@pytest.mark.parametrize(
+    "low, high, colour", [(0.03, 0.05, "good"), (-0.01, 0.05, ""), (0.0, 0.05, ""), (-0.05, -0.03, "bad")]
+)
+def test_a_difference_has_a_colour_where_its_interval_leaves_out_zero(tmp_path, low, high, colour):
+    rows = [{"name": "bc", "reward": 0.30}, {"name": "improve_1.1", "reward": 0.34}]
+    interval = {"a": "improve_1.1", "b": "bc", "metric": "reward", "difference": 0.04, "low": low, "high": high}
+    (tmp_path / "summary.json").write_text(json.dumps({"phases": rows, "comparisons": [interval]}))
+    page = report.render(read_run(tmp_path))
+    assert re.findall(r'<span class="(\w*)">\+0\.0400', page) == [colour] * 2  # the tile and the table
+
+
 def translations(rewards):
     return {
         i: Translation(source_id=i, source="", reference="", hypothesis=str(r), reward=r) for i, r in rewards.items()
