@@ -63,7 +63,9 @@ def make_mesh(*, replica: int = 1, data: int = -1, model: int = 1, devices: Sequ
         )
     if len(slices) > 1:
         inner = (replica // len(slices), data, model)
-        grid = mesh_utils.create_hybrid_device_mesh(inner, (len(slices), 1, 1), devices=devices)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inner, (len(slices), 1, 1), devices=devices, allow_split_physical_axes=True
+        )
     else:
         grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES)
@@ -182,14 +184,17 @@ class Partitioner:
         """Devices that a batch is split over."""
         return int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES], dtype=int))
 
-    def check_batch_divisible(self, batch_size: int, name: str) -> None:
-        """Raises UserError naming `name` (the gin macro) unless the global batch can be split over the mesh."""
+    def check_batch_divisible(self, batch_size: int, name: str, *, microbatches: int = 1) -> None:
+        """Raises UserError naming `name` (the gin macro) unless each microbatch can be split over the mesh."""
         shards = self.num_batch_shards
-        if batch_size < 1 or batch_size % shards:
-            legal = max(shards, round(batch_size / shards) * shards)
+        unit = shards * microbatches
+        if batch_size < 1 or batch_size % unit:
+            legal = max(unit, round(batch_size / unit) * unit)
+            in_parts = f" in {microbatches} microbatches" if microbatches > 1 else ""
             raise UserError(
-                f"{name}={batch_size} cannot be divided over the {shards} devices of mesh axes 'replica' x 'data' "
-                f"({self._mesh_text()}). Give a positive multiple of {shards}, e.g. {legal}."
+                f"{name}={batch_size}{in_parts} cannot be divided over the {shards} devices of mesh axes 'replica' x "
+                f"'data' ({self._mesh_text()}). Give a positive multiple of {unit}, e.g. {legal}"
+                f"{', or fewer microbatches' if microbatches > 1 else ''}."
             )
 
     def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -199,6 +199,30 @@ def test_impossible_meshes_say_so(sizes, match):
         make_mesh(**sizes)
 
 
+@dataclasses.dataclass(frozen=True)
+class SliceDevice:
+    """As much of a TPU device as a mesh is laid out by."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    process_index: int = 0
+    device_kind: str = "TPU v5 lite"
+    platform: str = "tpu"
+    core_on_chip: int = 0
+
+
+@pytest.mark.parametrize("model", [1, 2, 4, 8])
+def test_slices_are_replicas_whatever_the_width(model):
+    places = np.ndindex(2, 16, 16)
+    devices = [SliceDevice(number, (x, y, 0), index) for number, (index, x, y) in enumerate(places)]
+    mesh = make_mesh(replica=2, model=model, devices=devices)
+    assert dict(mesh.shape) == {"replica": 2, "data": 256 // model, "model": model}
+    assert [{device.slice_index for device in replica.ravel()} for replica in mesh.devices] == [{0}, {1}]
+    with pytest.raises(UserError, match="multiple of 2"):
+        make_mesh(model=model, devices=devices)
+
+
 def test_rules_are_checked():
     with pytest.raises(UserError, match="parameter_partitioning_dims"):
         standard_logical_axis_rules(parameter_partitioning_dims=3)

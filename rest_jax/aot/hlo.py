@@ -32,6 +32,11 @@ _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:\{[^{}]*\})?(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^{}]*)\}"
 )
 _PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
+# Between slices the hosts carry the data: what a device hands to its host is a `send` that says what is done with it.
+_BETWEEN_SLICES = re.compile(
+    r'_xla_megascale_target=(?:"\{([\d,:]+)\}x|\{\{([\d,]+)\}).*?_xla_megascale_transfer_type="(\w+)"'
+)
+_SLICE_STRIDE = 100_000  # of the numbers that devices of several slices have there
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _ASYNCHRONOUS = 'custom_call_target="AsyncCollective'
 _STARTS = f'{_ASYNCHRONOUS}Start"'
@@ -227,8 +232,10 @@ class _Reader:
 
     def _instruction(self, instruction: _Instruction, computation: _Computation) -> Analysis:
         opcode, attributes = instruction.opcode, instruction.attributes
-        if opcode in _FREE or opcode.endswith("-done"):
+        if opcode in _FREE or opcode.endswith("-done") or opcode == "recv":
             return Analysis(Costs())
+        if opcode == "send":
+            return Analysis(Costs(collectives=(self._between_slices(instruction, computation),)))
         kind = opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             if _channel(instruction) in self._started and not _starts(computation):
@@ -280,6 +287,19 @@ class _Reader:
         members = _group(instruction.attributes)
         slices = {number // self._devices_per_slice for number in members}
         return Collective(kind=kind, size=size, group=len(members), across_slices=len(slices) > 1)
+
+    def _between_slices(self, instruction: _Instruction, computation: _Computation) -> Collective:
+        """What a device exchanges with those in its place in the other slices."""
+        found = _BETWEEN_SLICES.search(instruction.attributes)
+        if found is None:
+            raise ValueError(f"A device sends to its host what is not known here: {instruction.attributes}")
+        members = len(found[1].split(",")) if found[1] else len({int(n) // _SLICE_STRIDE for n in found[2].split(",")})
+        kind = found[3].lower().replace("_", "-")
+        size = _total_bytes(computation[instruction.operands[0]].shape)
+        # The larger side, as of the others.
+        return Collective(
+            kind=kind, size=size * members if kind == "all-gather" else size, group=members, across_slices=True
+        )
 
     def _bytes(self, instruction: _Instruction, computation: _Computation) -> int:
         """HBM bytes that an instruction reads and writes; of a large array of which it takes a slice, the slice."""

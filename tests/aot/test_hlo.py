@@ -112,6 +112,34 @@ def test_a_collective_that_goes_on_beside_other_work_counts_once():
     assert gather == hlo.Collective(kind="all-gather", size=16 * 64 * 2, group=8, across_slices=False)
 
 
+# Two slices, as XLA:TPU writes what the hosts carry between them.
+BETWEEN_SLICES = """
+HloModule jit_h, is_scheduled=true
+
+ENTRY %main (a: bf16[96,8,128], b: s32[8,8,16,1]) -> bf16[96,8,128] {
+  %a = bf16[96,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %b = s32[8,8,16,1]{2,0,3,1:T(8,128)} parameter(1)
+  %after.1 = token[] after-all()
+  %send.35 = (bf16[96,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) send(%a, %after.1), channel_id=10, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.376_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2,3}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent.35 = token[] send-done(%send.35), channel_id=10, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %recv.35 = (bf16[96,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) recv(%after.1), channel_id=9, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.376_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2,3}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %received.35 = (bf16[96,8,128]{2,1,0:T(8,128)(2,1)}, token[]) recv-done(%recv.35), channel_id=9, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %send.19 = (s32[8,8,16,1]{2,0,3,1:T(8,128)}, u32[], token[]) send(%b, %after.1), channel_id=40, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-to-all_0",_xla_megascale_target={{100000,100002,200000,200002},{100001,100003,200001,200003}},_xla_megascale_transfer_type="ALL_TO_ALL"}
+  ROOT %out = bf16[96,8,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%received.35), index=0
+}
+"""
+
+
+def test_what_hosts_carry_between_slices_counts_as_collectives():
+    once = hlo.analyse(BETWEEN_SLICES, devices_per_slice=8).once
+    assert once.collectives == (
+        hlo.Collective(kind="all-reduce", size=96 * 8 * 128 * 2, group=3, across_slices=True),
+        hlo.Collective(kind="all-to-all", size=8 * 8 * 16 * 4, group=2, across_slices=True),
+    )
+    with pytest.raises(ValueError, match="not known here.*another_handler"):
+        hlo.analyse(BETWEEN_SLICES.replace("xla_megascale_", "another_handler_"), devices_per_slice=8)
+
+
 @pytest.mark.parametrize(
     ("text", "members"),
     [
