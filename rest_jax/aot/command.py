@@ -22,19 +22,28 @@ def run(config: ReST, *, phases: tuple[str, ...], json_file: str | None) -> None
       UserError: one does not fit; after all were tried.
     """
     print(_header(config), flush=True)
-    found = []
+    found: list[dict[str, Any]] = []
+    failed: list[str] = []
     for program in programs(config, phases=phases):
-        measured = _measure(config, program)
+        try:
+            measured = _measure(config, program)
+        except UserError as error:  # the memory plan found no room before anything was compiled
+            print(f"{program.name}: {error}", flush=True)
+            found.append({"program": program.name, "fits": False, "reason": str(error)})
+            failed.append(f"{program.name} does not fit: {error}")
+            continue
         print(report.describe(measured, devices=_devices(config)), flush=True)
-        found.append((measured, program.training is not None))
-    _write(json_file, {**_facts(config), "programs": [_as_json(config, measured) for measured, _ in found]})
-    failed = [each for each in found if not each[0].fits]
+        found.append(_as_json(config, measured))
+        if not measured.fits:
+            failed.append(report.too_large(measured, is_training=program.training is not None))
+    _write(json_file, {**_facts(config), "programs": found})
     if failed:
-        raise UserError(report.too_large(failed))
+        raise UserError(" ".join(failed))
 
 
 def search(config: ReST, *, phases: tuple[str, ...], json_file: str | None) -> None:
-    """Tries meshes and slots, and prints those that fit for each program, the fastest by the compiler first.
+    """Tries meshes and slots, and prints those that fit for each program, the fastest by the compiler first, or by the
+    roofline where a chip's clock is not known.
 
     Raises:
       UserError: for some program there is none.
@@ -48,21 +57,23 @@ def search(config: ReST, *, phases: tuple[str, ...], json_file: str | None) -> N
             print(f"{choice}: {error}", flush=True)
             continue
         for program in made:
+            ranked.setdefault(program.name, [])
             try:
                 measured = _measure(choice.config, program)
             except UserError as error:  # the memory plan found no room before anything was compiled
                 print(f"{choice}: {program.name}: {error}", flush=True)
                 continue
             print(f"{choice}\n{report.describe(measured, devices=_devices(config))}", flush=True)
-            ranked.setdefault(program.name, [])
             if measured.fits:
                 ranked[program.name].append((choice, measured))
     lines, missing = [], [name for name, choices in ranked.items() if not choices]
     for name, choices in ranked.items():
-        choices.sort(key=lambda each: each[1].seconds / each[1].tokens)
+        timed = all(measured.timed for _, measured in choices)
+        choices.sort(key=lambda each: _seconds(each[1], timed) / each[1].tokens)
         for rank, (choice, measured) in enumerate(choices, start=1):
-            per_token = measured.seconds / measured.tokens * 1e9
-            lines.append(f"{name} {rank}. {choice}: {per_token:.2f} ns a token, {report.hbm_text(measured)}")
+            per_token = _seconds(measured, timed) / measured.tokens * 1e9
+            by = "" if timed else " at the roofline"
+            lines.append(f"{name} {rank}. {choice}: {per_token:.2f} ns a token{by}, {report.hbm_text(measured)}")
     print("\n".join(["", *lines]))
     _write(
         json_file,
@@ -79,6 +90,10 @@ def search(config: ReST, *, phases: tuple[str, ...], json_file: str | None) -> N
             f"No mesh of {_devices(config)} devices was found that holds {', '.join(missing) or 'any program'}: take a "
             "larger topology, a smaller SOURCES_PER_CHUNK, more MICROBATCHES or REMAT_POLICY = 'full'."
         )
+
+
+def _seconds(measured: Measured, timed: bool) -> float:
+    return measured.seconds if timed else measured.roofline_seconds
 
 
 def _measure(config: ReST, program: Program) -> Measured:

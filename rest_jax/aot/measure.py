@@ -59,6 +59,7 @@ class Measured:
       steps: of the decode loop, if every sample has as many tokens as it may.
       other_loops: loops of unknown length beside decoding, with the compiler's seconds of one iteration.
       compile_seconds: wall time.
+      timed: the chip's clock is known, and the rate of every link that is used; `seconds` are 0 where not.
     """
 
     program: str
@@ -79,11 +80,14 @@ class Measured:
     steps: int = 0
     other_loops: tuple[tuple[str, float], ...] = ()
     roofline_seconds: float = 0.0
+    timed: bool = False
 
     @property
     def seconds(self) -> float:
         """By the compiler, of one call."""
         assert self.once is not None
+        if not self.timed:
+            return 0.0
         return self.once.seconds + (self.step.seconds * self.steps if self.step else 0.0)
 
     @property
@@ -161,6 +165,7 @@ def measure(program: Program, *, model: Any, lengths: dict[str, int]) -> Measure
         steps=steps,
         other_loops=tuple((loop.name, _seconds(loop.costs.cycles, chip)) for loop in rest),
         roofline_seconds=_roofline(once, chip) + (_roofline(step, chip) * steps if step else 0.0),
+        timed=_timed(once, chip) and (step is None or _timed(step, chip)),
     )
 
 
@@ -183,6 +188,12 @@ def _part(costs: hlo.Costs, *, flops: float, chip: chips.Chip | None) -> Part:
         collective_seconds=sum(_exchange_seconds(each, chip) for each in costs.collectives),
         collectives=costs.collectives,
     )
+
+
+def _timed(part: Part, chip: chips.Chip | None) -> bool:
+    if chip is None or chip.clock is None:
+        return False
+    return chip.dcn_bandwidth is not None or not any(each.across_slices for each in part.collectives)
 
 
 def _seconds(cycles: int, chip: chips.Chip | None) -> float:
@@ -220,6 +231,7 @@ def _plan(program: Program, *, model: Any, lengths: dict[str, int]) -> memory.Pl
         cache_dtype=sampling.cache_dtype,
         mesh=program.partitioner.mesh,
         kernel_dtype=memory.kernel_dtype(program.arguments[0]),
+        reward_bytes=program.reward_bytes,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rest_jax.checkpoints import checkpointer
 from rest_jax.data.batching import feature_shapes
 from rest_jax.errors import UserError
 from rest_jax.evaluation.evaluate import samplings_of
@@ -33,6 +34,7 @@ class Program:
       keywords: the static ones.
       partitioner: the mesh that it runs on.
       sampling: how it samples; None for a train step.
+      reward_bytes: of each device's memory, what the reward's parameters take; 0 for a train step.
       training: how it trains; None for one that samples.
     """
 
@@ -43,6 +45,7 @@ class Program:
     keywords: dict[str, Any]
     partitioner: Partitioner
     sampling: Sampling | None = None
+    reward_bytes: int = 0
     training: Training | None = None
 
     def trace(self) -> Any:
@@ -69,6 +72,9 @@ def programs(config: ReST, *, phases: tuple[str, ...] = PHASES) -> list[Program]
     params = abstract_params(config)
     config.partitioner.param_shardings(params)
     made: list[Program] = []
+    reward_bytes = 0
+    if {"grow", "evaluate"} & set(phases):
+        reward_bytes = checkpointer.bytes_on_device(config.reward.init(config.data.vocabulary), config.partitioner)
     if "bc" in phases and config.bc.steps:
         made.append(_train(config, "bc", config.bc, params))
     if "grow" in phases and config.grow_steps:
@@ -78,10 +84,10 @@ def programs(config: ReST, *, phases: tuple[str, ...] = PHASES) -> list[Program]
             reward=config.reward,
             partitioner=config.partitioner,
             max_length=config.data.lengths["targets"],
+            reward_bytes=reward_bytes,
         )
-        made.append(
-            _sample(config, "grow", "grow", config.growing.sampling, jitted, sampling_shapes(config.model, params))
-        )
+        shapes = sampling_shapes(config.model, params)
+        made.append(_sample(config, "grow", "grow", config.growing.sampling, jitted, shapes, reward_bytes))
     if "improve" in phases and config.grow_steps and config.improve_steps:
         made.append(_train(config, "improve", config.improving.training, params))
     if "evaluate" in phases:
@@ -92,8 +98,9 @@ def programs(config: ReST, *, phases: tuple[str, ...] = PHASES) -> list[Program]
                 sampling=sampling,
                 partitioner=config.partitioner,
                 max_length=config.data.lengths["targets"],
+                reward_bytes=reward_bytes,
             )
-            made.append(_sample(config, "evaluate", name, sampling, jitted, params))
+            made.append(_sample(config, "evaluate", name, sampling, jitted, params, reward_bytes))
     if not made:
         raise UserError(f"--phase: this configuration has nothing to compile in {', '.join(phases)}.")
     return made
@@ -101,8 +108,7 @@ def programs(config: ReST, *, phases: tuple[str, ...] = PHASES) -> list[Program]
 
 def _train(config: ReST, phase: str, training: Training, params: Any) -> Program:
     partitioner = config.partitioner
-    macro = {"bc": "BATCH_SIZE / MICROBATCHES", "improve": "Improving.training.batch_size / microbatches"}[phase]
-    partitioner.check_batch_divisible(training.batch_size // training.microbatches, macro)
+    partitioner.check_batch_divisible(training.batch_size, "BATCH_SIZE", microbatches=training.microbatches)
     state = jax.eval_shape(
         lambda params: initial_state(training=training, params=params, partitioner=partitioner), params
     )
@@ -126,17 +132,22 @@ def _train(config: ReST, phase: str, training: Training, params: Any) -> Program
 
 
 def _sample(
-    config: ReST, phase: str, name: str, sampling: Sampling, jitted: Callable[..., Any], params: Any
+    config: ReST,
+    phase: str,
+    name: str,
+    sampling: Sampling,
+    jitted: Callable[..., Any],
+    params: Any,
+    reward_bytes: int,
 ) -> Program:
     partitioner = config.partitioner
-    partitioner.check_batch_divisible(sampling.sources_per_chunk, "Sampling.sources_per_chunk")
+    partitioner.check_batch_divisible(sampling.sources_per_chunk, "SOURCES_PER_CHUNK")
     rows = sampling.sources_per_chunk
     batch = {
         "encoder_input_tokens": jax.ShapeDtypeStruct((rows, config.data.lengths["inputs"]), jnp.int32),
         "references": jax.ShapeDtypeStruct((rows, config.data.lengths["targets"]), jnp.int32),
         "source_ids": jax.ShapeDtypeStruct((rows,), jnp.uint32),
     }
-    reward_params = jax.eval_shape(lambda: config.reward.init(config.data.vocabulary))
     number = jax.ShapeDtypeStruct((), jnp.uint32)
     return Program(
         phase=phase,
@@ -144,7 +155,7 @@ def _sample(
         jitted=jitted,
         arguments=(
             partitioner.with_shardings(params),
-            _placed(reward_params, partitioner.replicated()),
+            checkpointer.abstract_params(config.reward.init(config.data.vocabulary), partitioner),
             _placed(batch, partitioner.batch_sharding()),
             number,
             number,
@@ -152,6 +163,7 @@ def _sample(
         keywords={},
         partitioner=partitioner,
         sampling=sampling,
+        reward_bytes=reward_bytes,
     )
 
 

@@ -26,20 +26,19 @@ def describe(measured: Measured, *, devices: int) -> str:
         f"{measured.temporaries / GIB:.2f}, code {measured.code / GIB:.2f}",
         f"  work         {measured.flops / 1e12:.3f} TFLOP and {measured.hbm_bytes / 1e9:.2f} GB on each device in a "
         f"call of {measured.tokens:,} tokens",
-        f"  time         {measured.seconds * 1e3:.2f} ms by the compiler, of which collectives "
-        f"{_collective_seconds(measured) * 1e3:.2f} ms; {_rate(measured, devices)}; "
-        f"roofline {measured.roofline_seconds * 1e3:.2f} ms, a share of {_share(measured):.0%}",
+        f"  time         {_time(measured, devices)}",
     ]
     if measured.step is not None:
+        duration = f" of {measured.step.seconds * 1e3:.3f} ms" if measured.timed else ""
         lines += [
-            f"  decoding     {measured.slots} slots on each data shard, {measured.steps} steps of "
-            f"{measured.step.seconds * 1e3:.3f} ms ({measured.step.flops / 1e9:.2f} GFLOP, "
-            f"{measured.step.hbm_bytes / 1e6:.1f} MB)",
+            f"  decoding     {measured.slots} slots on each data shard, {measured.steps} steps{duration} "
+            f"({measured.step.flops / 1e9:.2f} GFLOP, {measured.step.hbm_bytes / 1e6:.1f} MB)",
             f"  in its body  {_collectives(measured.step.collectives)}",
         ]
     lines.append(f"  outside      {_collectives(measured.once.collectives)}")
     for name, seconds in measured.other_loops:
-        lines.append(f"  not counted  {seconds * 1e3:.3f} ms in each iteration of {name}")
+        duration = f"{seconds * 1e3:.3f} ms in each iteration" if measured.timed else "each iteration"
+        lines.append(f"  not counted  {duration} of {name}")
     return "\n".join(lines)
 
 
@@ -52,10 +51,10 @@ def as_json(measured: Measured, *, devices: int) -> dict[str, Any]:
     """All of it, with what follows from it."""
     found = dataclasses.asdict(measured)
     if measured.fits:
+        found |= {"flops": measured.flops, "hbm_bytes": measured.hbm_bytes}
+    if measured.timed:
         found |= {
             "seconds": measured.seconds,
-            "flops": measured.flops,
-            "hbm_bytes": measured.hbm_bytes,
             "tokens_per_second": _tokens_per_second(measured),
             "tokens_per_second_per_device": _tokens_per_second(measured) / devices,
             "roofline_share": _share(measured),
@@ -76,16 +75,13 @@ def advice(measured: Measured, *, is_training: bool) -> str:
     )
 
 
-def too_large(failed: Sequence[tuple[Measured, bool]]) -> str:
-    """The error for programs that do not fit, each with whether it trains."""
-    lines = []
-    for measured, is_training in failed:
-        largest = ", ".join(f"{name} {_size(size)}" for name, size in measured.buffers[:3])
-        lines.append(
-            f"{measured.program} does not fit into {measured.hbm / GIB:.2f} GiB on each device; largest: {largest}. "
-            f"Change one of: {advice(measured, is_training=is_training)}."
-        )
-    return " ".join(lines)
+def too_large(measured: Measured, *, is_training: bool) -> str:
+    """The error for a program that does not fit."""
+    largest = ", ".join(f"{name} {_size(size)}" for name, size in measured.buffers[:3])
+    return (
+        f"{measured.program} does not fit into {measured.hbm / GIB:.2f} GiB on each device; largest: {largest}. "
+        f"Change one of: {advice(measured, is_training=is_training)}."
+    )
 
 
 def _buffers(measured: Measured) -> list[str]:
@@ -119,6 +115,17 @@ def _collective_seconds(measured: Measured) -> float:
 
 def _tokens_per_second(measured: Measured) -> float:
     return measured.tokens / measured.seconds if measured.seconds else 0.0
+
+
+def _time(measured: Measured, devices: int) -> str:
+    roofline = f"roofline {measured.roofline_seconds * 1e3:.2f} ms"
+    if not measured.timed:
+        return f"not known: the clock of this chip, or the rate of a network that is used, is not published; {roofline}"
+    return (
+        f"{measured.seconds * 1e3:.2f} ms by the compiler, of which collectives "
+        f"{_collective_seconds(measured) * 1e3:.2f} ms; {_rate(measured, devices)}; {roofline}, a share of "
+        f"{_share(measured):.0%}"
+    )
 
 
 def _rate(measured: Measured, devices: int) -> str:

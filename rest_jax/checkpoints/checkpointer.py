@@ -170,6 +170,16 @@ def put_params(tree: Tree, partitioner: Partitioner) -> Tree:
     )
 
 
+def abstract_params(tree: Tree, partitioner: Partitioner) -> Tree:
+    """Shapes and shardings of what `put_params(tree, partitioner)` makes; nothing is read."""
+
+    def shape_of(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        lies = sharding if isinstance(leaf, tensors.LazyTensor) else partitioner.replicated()
+        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=lies)
+
+    return jax.tree.map(shape_of, tree, partitioner.param_shardings(tree))
+
+
 def bytes_on_device(tree: Tree, partitioner: Partitioner) -> int:
     """Of one device's memory, that `put_params(tree, partitioner)` takes. Other leaves are on each device whole."""
     shardings = jax.tree.leaves(partitioner.param_shardings(tree))

@@ -4,13 +4,12 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rest_jax import chips, cli
-from rest_jax.aot import auto, hlo, measure, stand_in, topology, values
+from rest_jax.aot import hlo, measure, stand_in, topology, values
 from rest_jax.errors import UserError
 from rest_jax.partitioning import devices_of_trace, make_mesh, trace_mesh
 from rest_jax.rewards.chrf import ChrF
@@ -159,8 +158,3 @@ def test_a_program_compiled_for_a_tpu_is_read(no_cache):
     assert least < analysis.once.cycles / chip.clock < 4 * least
     # The layers' kernels are read once each, slice by slice; activations stay in the core's memory.
     assert 12 * 2**20 <= analysis.once.hbm_bytes < 16 * 2**20
-
-
-def test_the_search_leaves_out_widths_that_heads_can_not_have():
-    assert [width for width in auto.MODEL_PARALLEL if 6 % width == 0] == [1, 2]
-    assert np.lcm.reduce(auto.MODEL_PARALLEL) == 16
