@@ -15,6 +15,7 @@ from typing import Any
 from rest_jax.data.token_dataset import INFO_FILE, dataset_key, file_sha256
 
 _VERSION = 1
+_DATA_DIR = "REST_JAX_DATA_DIR"  # the folder of corpora that tasks/corpus_folder.py reads
 
 
 def find(
@@ -31,7 +32,7 @@ def find(
     try:
         entry = json.loads(_path(cache_dir, task, split, lengths, vocabulary, modules).read_text(encoding="utf-8"))
         directory = cache_dir / entry["directory"]
-        fresh = all(_unchanged(Path(file["path"]), file) for file in entry["files"])
+        fresh = all(_unchanged(_place(file), file) for file in entry["files"])
         fresh = fresh and all(_module_unchanged(name, file) for name, file in entry["modules"].items())
     except (OSError, ValueError, KeyError, TypeError):
         return None  # No entry, or half of one: seqio knows.
@@ -63,7 +64,7 @@ def record(
         "task": task,
         "split": split,
         "directory": directory.name,
-        "files": [_fingerprint(Path(file)) for file in files],
+        "files": [_fingerprint(Path(file)) | _ways_to(Path(file)) for file in files],
         "modules": {name: _fingerprint(origin) for name, origin in known.items() if origin is not None},
     }
     path = _path(cache_dir, task, split, lengths, vocabulary, modules)
@@ -115,6 +116,24 @@ def _spec(module: str) -> ModuleSpec | None:
 def _module_unchanged(name: str, entry: Mapping[str, Any]) -> bool:
     origin = _origin(name)
     return origin is None or _unchanged(origin, entry)
+
+
+def _ways_to(path: Path) -> dict[str, str]:
+    """How the path would be found in a copy of the project, or with other corpora: not where it stands today."""
+    root = os.environ.get(_DATA_DIR)
+    ways = {"as_given": str(path)} if not path.is_absolute() else {}
+    if root is not None and path.absolute().is_relative_to(Path(root).expanduser().absolute()):
+        ways["in_data_dir"] = str(path.absolute().relative_to(Path(root).expanduser().absolute()))
+    return ways
+
+
+def _place(file: Mapping[str, Any]) -> Path:
+    """The file that the task would read now; where it was when the rows were made, if there is none."""
+    root = os.environ.get(_DATA_DIR)
+    candidates = [Path(file["as_given"])] if "as_given" in file else []
+    if root is not None and "in_data_dir" in file:
+        candidates.append(Path(root).expanduser() / file["in_data_dir"])
+    return next((path for path in candidates if path.exists()), Path(file["path"]))
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

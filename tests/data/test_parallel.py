@@ -120,6 +120,36 @@ def test_copied_text_is_not_tokenised_again(data: ParallelData, tokenised_by: li
     assert tokenised_by == ["test"]
 
 
+@pytest.mark.parametrize("way", ["working directory", "REST_JAX_DATA_DIR"])
+def test_a_copy_of_the_project_reads_its_own_text(
+    data: ParallelData, tokenised_by: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.tsv").write_text((tmp_path / "text.tsv").read_text())
+
+    def go_to(name: str) -> None:
+        if way == "working directory":
+            monkeypatch.chdir(tmp_path / name)
+        else:
+            monkeypatch.setenv("REST_JAX_DATA_DIR", str(tmp_path / name))
+
+    text = '"text.tsv"' if way == "working directory" else 'os.path.join(os.environ["REST_JAX_DATA_DIR"], "text.tsv")'
+    module = MODULE.format(text="TEXT", vocabulary=VOCABULARY).replace('"TEXT"', text)
+    (tmp_path / "my_parallel_tasks.py").write_text("import os\n" + module)
+    go_to("one")
+    data.open("test")
+    go_to("two")
+    data.open("test")
+    assert tokenised_by == ["test"]  # the same text
+    (tmp_path / "two" / "text.tsv").write_text("eins\tone\n")
+    # A new process would import the module anew.
+    seqio.TaskRegistry.remove("parallel_demo")
+    del sys.modules["my_parallel_tasks"]
+    assert len(data.open("test")) == 1
+    assert tokenised_by == ["test"] * 2
+
+
 def test_changed_registration_is_tokenised_again(data: ParallelData, tokenised_by: list[str], tmp_path: Path) -> None:
     english = data.open("test").targets_text(0)
     module = tmp_path / "my_parallel_tasks.py"
