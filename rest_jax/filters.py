@@ -117,7 +117,11 @@ class Interpolation:
 
 @dataclasses.dataclass(frozen=True)
 class TopK:
-    """Keeps the k valid samples of highest reward of each source; of equal rewards, the lower sample index."""
+    """Keeps the k valid samples of highest reward of each source; of equal rewards, the lower sample index.
+
+    A reward of 0, the least there is and what a guard gives, is never kept, as no other filter keeps it: a source with
+    fewer than k better samples has fewer pairs.
+    """
 
     k: int
 
@@ -126,10 +130,7 @@ class TopK:
 
     def __call__(self, rewards: jax.typing.ArrayLike, valid: jax.typing.ArrayLike) -> jax.Array:
         rewards, usable = _usable(rewards, valid)
-        order = jnp.argsort(jnp.where(usable, -rewards, jnp.inf), axis=1, stable=True)
-        rank = jnp.argsort(order, axis=1)
-        # The second test matters where a reward of -inf sorts beside the unusable ones.
-        return usable & (rank < self.k)
+        return _best(rewards, usable & (rewards > 0), self.k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,8 @@ class Cap:
         _check_count("Cap.k", self.k)
 
     def __call__(self, rewards: jax.typing.ArrayLike, valid: jax.typing.ArrayLike) -> jax.Array:
-        return TopK(self.k)(rewards, self.filter(rewards, valid))
+        rewards, usable = _usable(rewards, self.filter(rewards, valid))
+        return _best(rewards, usable, self.k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +274,35 @@ def check_schedule(schedule: Schedule, *, improve_steps: int) -> None:
         )
 
 
+def check_nested(schedule: Schedule, *, grow_filter: Filter, improve_steps: int, num_samples: int) -> None:
+    """Raises UserError where an Improve step asks for samples that Grow's filter dropped, whatever the rewards are.
+
+    Both are tried on rewards spread over several parts of [0, 1]: a threshold may suit one part and not another, a rank
+    suits all or none. What only the real rewards can tell is found when Grow is done.
+    """
+    generator = np.random.default_rng(0)
+    clash = None
+    for low, high in ((0.0, 1.0), (0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0), (0.9, 1.0)):
+        rewards = generator.uniform(low, high, (64, num_samples)).astype(np.float32)
+        valid = np.ones(rewards.shape, bool)
+        statistics = RewardStatistics.of(rewards)
+        steps = [schedule(step, statistics) for step in range(1, improve_steps + 1)]
+        kept = [np.asarray(keep_filter(rewards, valid)) for keep_filter in steps]
+        if not any(np.any(keep) for keep in kept):
+            continue
+        dropped = ~np.asarray(grow_filter(rewards, valid))
+        clashes = [number for number, keep in enumerate(kept, start=1) if np.any(keep & dropped)]
+        if not clashes:
+            return
+        clash = clash or (clashes[0], describe(steps[clashes[0] - 1]))
+    if clash is not None:
+        raise UserError(
+            f"SCHEDULE keeps {clash[1]} in Improve step {clash[0]}, and some of that GROW_FILTER, "
+            f"{describe(grow_filter)}, does not store. Loosen GROW_FILTER (GROW_FILTER = @filters.Threshold() stores "
+            "all rewards above 0), or tighten SCHEDULE."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Constant:
     """The same filter in every Improve step."""
@@ -391,6 +422,13 @@ class TopKSchedule:
 def _usable(rewards: jax.typing.ArrayLike, valid: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
     rewards = jnp.asarray(rewards, jnp.float32)
     return rewards, jnp.asarray(valid, bool) & ~jnp.isnan(rewards)
+
+
+def _best(rewards: jax.Array, usable: jax.Array, k: int) -> jax.Array:
+    order = jnp.argsort(jnp.where(usable, -rewards, jnp.inf), axis=1, stable=True)
+    rank = jnp.argsort(order, axis=1)
+    # The first test matters where there are fewer than k usable ones.
+    return usable & (rank < k)
 
 
 def _check_range(name: str, value: float, *, low: float, high: float) -> None:

@@ -200,7 +200,7 @@ def compile_grow(
     reward_bytes: int = 0,
 ) -> Program:
     """`grow_chunk` under jit, sources over the mesh's data axes."""
-    partitioner.check_batch_divisible(growing.sampling.sources_per_chunk, "Sampling.sources_per_chunk")
+    partitioner.check_batch_divisible(growing.sampling.sources_per_chunk, "SOURCES_PER_CHUNK")
     rows, everywhere = partitioner.batch_sharding(), partitioner.replicated()
     return jax.jit(
         functools.partial(
@@ -261,7 +261,7 @@ def grow(
 
     Raises:
       Preempted: when `stop_requested`; every finished chunk is in the store.
-      UserError: an Improve step would ask for samples that Grow's filter dropped.
+      UserError: an Improve step would train on nothing, or ask for samples that Grow's filter dropped.
     """
     writer = StoreWriter(directory, process_index=processes.index)
     indices = choose_sources(num_sources=len(dataset), max_sources=growing.max_sources, seed=seed, stream=grow_step)

@@ -21,7 +21,7 @@ class Improving:
 
     Attributes:
       training: steps, batch, objective; its learning rate is the first Improve step's.
-      schedule: improve step i (from 1) -> filter, stricter with i. The default's τ_1 lies above the mean of D_g.
+      schedule: improve step i (from 1) -> filter, stricter with i. The default's τ_1 lies above the samples' mean.
       learning_rate_decay: step i trains at `training.learning_rate * learning_rate_decay ** (i - 1)`.
       reference_fraction: share of D's own pairs among the pairs of an epoch; 0 trains on samples alone.
       reference_filter: which of D's pairs may be mixed in, by their own reward (1.0 for a reward that compares with the
@@ -58,21 +58,29 @@ class Selection:
 
 
 def choose_filter(*, improving: Improving, store: ScoredStore, improve_step: int) -> Filter:
-    """The filter of one Improve step, from the rewards of D_g: samples, and references where they are mixed in."""
-    rewards = [store.rewards[store.valid]]
-    if improving.reference_fraction > 0:
-        rewards.append(store.reference_rewards)
-    return improving.schedule(improve_step, RewardStatistics.of(np.concatenate(rewards)))
+    """The filter of one Improve step, from the rewards of the samples.
+
+    D is mixed in apart from them (`reference_fraction`). Its pairs have rewards of 1.0 where the reward compares with
+    the reference: among the samples they would fill a quantile's share, and the last Improve steps would keep none.
+    """
+    return improving.schedule(improve_step, RewardStatistics.of(store.rewards[store.valid]))
 
 
 def selection_report(*, improving: Improving, store: ScoredStore, improve_step: int) -> dict[str, Any]:
     """What Improve step `improve_step` would train on: description, tau, pairs, sources, tokens, mean_reward, ...
 
     Raises:
-      UserError: the filter asks for samples that Grow's filter dropped.
+      UserError: the filter passes nothing, or asks for samples that Grow's filter dropped.
     """
     keep_filter = choose_filter(improving=improving, store=store, improve_step=improve_step)
     report = filter_report(store, np.asarray(keep_filter(store.rewards, store.valid)))
+    if report["pairs"] == 0:
+        valid = store.rewards[store.valid]
+        raise UserError(
+            f"Improve step {improve_step}: {filters.describe(keep_filter)} passes none of {valid.size} samples, whose "
+            f"rewards reach from {valid.min():.3f} to {valid.max():.3f}. Loosen Improving.schedule, or use a "
+            "per-source one such as filters.TopKSchedule."
+        )
     fraction = improving.reference_fraction
     return {
         "improve_step": improve_step,
@@ -95,13 +103,6 @@ def select(*, improving: Improving, store: ScoredStore, references: TokenDataset
     report = selection_report(improving=improving, store=store, improve_step=improve_step)
     keep_filter = choose_filter(improving=improving, store=store, improve_step=improve_step)
     samples = store.select(np.asarray(keep_filter(store.rewards, store.valid)))
-    if len(samples) == 0:
-        valid = store.rewards[store.valid]
-        raise UserError(
-            f"Improve step {improve_step}: {report['description']} passes none of {valid.size} samples, whose rewards "
-            f"reach from {valid.min():.3f} to {valid.max():.3f}. Loosen Improving.schedule, or use a per-source one "
-            "such as filters.TopKSchedule."
-        )
     parts: tuple[Examples, ...] = (samples,)
     counts: tuple[int, ...] = (len(samples),)
     if improving.reference_fraction > 0:

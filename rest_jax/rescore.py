@@ -138,7 +138,7 @@ def _score(config: ReST, new: Mapping[str, Reward], store: ScoredStore) -> tuple
         return score(batch["samples"]), score(batch["references"][:, None])
 
     size, target_length = sampling.sources_per_chunk, data.lengths["targets"]
-    config.partitioner.check_batch_divisible(size, "Sampling.sources_per_chunk")
+    config.partitioner.check_batch_divisible(size, "SOURCES_PER_CHUNK")
     place = {int(index): row for row, index in enumerate(indices)}
     first_row = np.searchsorted(rows.source_ids, store.source_ids)
     end_row = np.searchsorted(rows.source_ids, store.source_ids, side="right")

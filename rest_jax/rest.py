@@ -35,7 +35,7 @@ from rest_jax.data.store import ScoredStore
 from rest_jax.errors import Preempted, UserError
 from rest_jax.evaluation.alarm import Alarm, held_out_metrics, raise_alarms
 from rest_jax.evaluation.evaluate import Evaluation, Evaluator
-from rest_jax.filters import check_schedule
+from rest_jax.filters import check_nested, check_schedule
 from rest_jax.models.initial_params import initial_params
 from rest_jax.partitioning import Partitioner
 from rest_jax.processes import Processes
@@ -196,16 +196,21 @@ class Runner:
         self._held_out = held_out_metrics(config.reward)
         if config.grow_steps and config.improve_steps:
             check_schedule(config.improving.schedule, improve_steps=config.improve_steps)
-        for name, size in (
-            ("BATCH_SIZE", config.bc.batch_size // config.bc.microbatches),
-            (
-                "Improving.training.batch_size",
-                config.improving.training.batch_size // config.improving.training.microbatches,
-            ),
-            ("Growing.sampling.sources_per_chunk", config.growing.sampling.sources_per_chunk),
-            ("Evaluation.sampling.sources_per_chunk", config.evaluation.sampling.sources_per_chunk),
+            check_nested(
+                config.improving.schedule,
+                grow_filter=config.growing.filter,
+                improve_steps=config.improve_steps,
+                num_samples=config.growing.sampling.num_samples,
+            )
+        for training in (config.bc, config.improving.training):
+            config.partitioner.check_batch_divisible(
+                training.batch_size, "BATCH_SIZE", microbatches=training.microbatches
+            )
+        for name, sampling in (
+            ("SOURCES_PER_CHUNK", config.growing.sampling),
+            ("evaluate/scored.Sampling.sources_per_chunk", config.evaluation.sampling),
         ):
-            config.partitioner.check_batch_divisible(size, name)
+            config.partitioner.check_batch_divisible(sampling.sources_per_chunk, name)
         self.abstract_params = jax.eval_shape(self._init_params)
         config.partitioner.param_shardings(self.abstract_params)
         if config.initial_checkpoint_path is not None:
@@ -267,6 +272,8 @@ class Runner:
                     "and TRAIN_STEPS = 0."
                 )
             started = time.monotonic()
+            if phase.kind in ("grow", "evaluate"):  # training resumes at a step of its own
+                self._writer.resume(phase=phase.name, step=-1)
             result = getattr(self, f"_{phase.kind}")(phase, self._progress(phase))
             self._writer.flush()
             if self.processes.lead:
@@ -422,10 +429,11 @@ class Runner:
         return {key: statistics[key] for key in ("count", "distinct", "kept", "mean", "sources")}
 
     def _preview(self, store: ScoredStore) -> list[dict[str, Any]]:
-        """What each Improve step would train on."""
-        steps = range(1, self.config.improve_steps + 1)
-        improving = self.config.improving
-        return [improve_lib.selection_report(improving=improving, store=store, improve_step=i) for i in steps]
+        """What each Improve step would train on; raises UserError where that is nothing, or was not stored."""
+        return [
+            improve_lib.selection_report(improving=self.config.improving, store=store, improve_step=step)
+            for step in range(1, self.config.improve_steps + 1)
+        ]
 
     def _improve(self, phase: Phase, progress: ProgressLine) -> dict[str, Any]:
         assert phase.policy is not None

@@ -102,6 +102,12 @@ class RewardTraining:
                 "RewardTraining: set ratings (a table, errors or a store), or samples and label (a run to draw from, "
                 "and the reward that labels what it draws)."
             )
+        if self.samples is not None and self.samples.bc.steps:
+            raise UserError(
+                f"RewardTraining.samples is a run of {self.samples.bc.steps} steps of BC: it would train another "
+                "policy than that run's. Give the policy to draw from, INITIAL_CHECKPOINT_PATH = 'MODEL_DIR/policy' of "
+                "the run, and TRAIN_STEPS = 0."
+            )
         if self.relative_labels is not None and (self.samples is None or self.relative_labels <= 0):
             raise UserError(
                 f"RewardTraining.relative_labels is {self.relative_labels}; give a number above 0, with samples. "
@@ -127,7 +133,9 @@ def check(config: RewardTraining) -> JoinedInput:
       UserError: what is not.
     """
     training, module = config.training, config.model.module
-    config.partitioner.check_batch_divisible(training.batch_size // training.microbatches, "REWARD_BATCH_SIZE")
+    config.partitioner.check_batch_divisible(
+        training.batch_size, "REWARD_BATCH_SIZE", microbatches=training.microbatches
+    )
     joined = JoinedInput.from_template(config.template, config.vocabulary)
     if config.length < joined.num_constant_tokens + 2:
         raise UserError(

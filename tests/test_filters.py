@@ -137,9 +137,10 @@ def test_interpolation_keeps_none_of_equal_rewards(gamma):
 @given(rewards=REWARDS, valid=VALID, k=st.integers(1, 12))
 def test_top_k_keeps_k_and_prefers_the_lower_index(rewards, valid, k):
     keep = kept(filters.TopK(k), rewards, valid)
-    np.testing.assert_array_equal(keep.sum(1), np.minimum(valid.sum(1), k))
-    for row, valid_row, keep_row in zip(rewards, valid, keep, strict=True):
-        order = sorted(np.flatnonzero(valid_row), key=lambda index: (-row[index], index))
+    worth = valid & (rewards > 0)  # 0 is the least, and what a guard gives
+    np.testing.assert_array_equal(keep.sum(1), np.minimum(worth.sum(1), k))
+    for row, worth_row, keep_row in zip(rewards, worth, keep, strict=True):
+        order = sorted(np.flatnonzero(worth_row), key=lambda index: (-row[index], index))
         assert set(np.flatnonzero(keep_row)) == set(order[:k])
 
 
@@ -250,6 +251,41 @@ def test_filters_can_be_static_arguments_of_a_program():
 def test_bad_settings_name_the_field(make, field):
     with pytest.raises(UserError, match=field):
         make()
+
+
+STORE_ALL = filters.Threshold(0.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "grow_filter"),
+    [
+        (filters.AboveMean(), STORE_ALL),
+        (filters.TopKSchedule((2, 1)), STORE_ALL),
+        (filters.TopKSchedule((2, 1)), filters.TopK(2)),
+        (filters.PercentileSchedule((50, 75)), filters.Percentile(50)),
+        # A threshold that the rewards may all lie above, or that few pass.
+        (filters.AboveMean(), filters.Threshold(0.8)),
+        (filters.ThresholdGrid((0.95, 0.99)), filters.TopK(8)),
+        (filters.Constant(filters.Threshold(1.5)), filters.TopK(1)),
+    ],
+)
+def test_a_schedule_that_grows_filter_may_allow_is_not_refused(schedule, grow_filter):
+    filters.check_nested(schedule, grow_filter=grow_filter, improve_steps=2, num_samples=16)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "grow_filter", "step"),
+    [
+        (filters.AboveMean(), filters.TopK(2), 1),
+        (filters.TopKSchedule((4, 2)), filters.TopK(2), 1),
+        (filters.PercentileSchedule((50, 90)), filters.Percentile(75), 1),
+        (filters.Constant(filters.Threshold(-1.0)), filters.Percentile(10), 1),
+        (filters.ThresholdGrid((0.5, 0.6)), filters.TopK(2), 1),
+    ],
+)
+def test_a_schedule_looser_than_grows_filter_is_refused_whatever_the_rewards(schedule, grow_filter, step):
+    with pytest.raises(UserError, match=f"Improve step {step}.*GROW_FILTER.*Loosen GROW_FILTER"):
+        filters.check_nested(schedule, grow_filter=grow_filter, improve_steps=2, num_samples=16)
 
 
 def test_repeated_ngrams_are_counted_as_in_a_plain_loop():

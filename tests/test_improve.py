@@ -136,8 +136,8 @@ def test_learning_rates_fall_from_step_to_step(store, references):
 
 def test_a_filter_that_passes_nothing_says_how_far_the_rewards_reach(store, references, rewards):
     settings = improving(schedule=filters.ThresholdGrid((0.95,)))
-    with pytest.raises(UserError) as error:
-        select(improving=settings, store=store, references=references, improve_step=1)
+    with pytest.raises(UserError) as error:  # when Grow ends, rather than when that step is reached
+        selection_report(improving=settings, store=store, improve_step=1)
     valid = rewards[:, :-1]
     for text in ("threshold(tau=0.95) passes none of 45", f"{valid.min():.3f} to {valid.max():.3f}", "TopKSchedule"):
         assert text in str(error.value)
@@ -154,14 +154,17 @@ def test_a_filter_looser_than_grows_is_refused(store, references):
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3])
-def test_the_default_thresholds_lie_above_the_mean_of_d_g_and_rise(store, rewards, reference_rewards, fraction):
+def test_the_default_thresholds_lie_above_the_mean_of_the_samples_and_each_keeps_half(store, rewards, fraction):
     settings = improving(schedule=filters.AboveMean(), reference_fraction=fraction)
-    # D_g is what Grow drew, and D where it is mixed in.
-    d_g = np.concatenate([rewards[:, :-1].ravel(), reference_rewards if fraction else []])
-    taus = [choose_filter(improving=settings, store=store, improve_step=i).tau for i in (1, 2, 3)]
-    assert taus[0] > d_g.mean()
-    assert taus[0] < taus[1] < taus[2]
-    assert [selection_report(improving=settings, store=store, improve_step=i)["tau"] for i in (1, 2, 3)] == taus
+    samples = rewards[:, :-1]
+    reports = [selection_report(improving=settings, store=store, improve_step=i) for i in (1, 2, 3, 4)]
+    taus = [report["tau"] for report in reports]
+    assert taus[0] > samples.mean()
+    assert taus == sorted(set(taus))
+    # References, with rewards of 1.0, do not take the samples' places.
+    above = np.count_nonzero(samples > samples.mean())
+    np.testing.assert_allclose([report["pairs"] for report in reports], above / 2.0 ** np.arange(1, 5), atol=1)
+    assert [choose_filter(improving=settings, store=store, improve_step=i).tau for i in (1, 2, 3, 4)] == taus
 
 
 def test_the_log_line_says_what_is_trained_on(store):

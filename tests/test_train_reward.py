@@ -314,6 +314,8 @@ def test_a_reward_learns_from_labelled_samples_of_a_policy_and_scores_in_grow(tm
     to_train = config(
         None, tmp_path / "reward", samples=run, label=Shortness(), relative_labels=0.3, training=training, held_out=0.4
     )
+    with pytest.raises(UserError, match="1 steps of BC.*TRAIN_STEPS = 0"):
+        dataclasses.replace(to_train, samples=dataclasses.replace(run, bc=training))
     assert "held-out" in lib.train_reward(to_train)
     labelled = ScoredStore.open(tmp_path / "reward" / "samples" / "grow_1")
     assert labelled.stats["reward"] == "shortness"

@@ -23,6 +23,13 @@ def _train_reward(options: Any) -> None:
     training = config.build(train_reward.RewardTraining)
     train_reward.check(training)
     directory, sha256 = paths.resolve(training.reward_dir), training.vocabulary.sha256
+    starts = {"REWARD_INITIAL_CHECKPOINT_PATH": (training.initial_checkpoint_path, sha256)}
+    if training.samples is not None:
+        samples = training.samples
+        starts["INITIAL_CHECKPOINT_PATH"] = (samples.initial_checkpoint_path, samples.data.vocabulary.sha256)
+    for field, (start, vocabulary) in starts.items():
+        if start is not None:
+            run_files.check_same_vocabulary(field, paths.resolve(start), vocabulary_sha256=vocabulary)
     run_files.check_same_run(directory, given=config.given_text(), vocabulary_sha256=sha256)
     if jax.process_index() == 0:
         run_files.write_run_files(
