@@ -36,7 +36,6 @@ FALLBACKS = {
     "TASK_MODULES": "()",
 }
 Mode = Literal["predict", "predict_with_aux", "score"]
-MODES: tuple[Mode, ...] = ("predict", "predict_with_aux", "score")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules by name, all from optax.
 
 A phase makes its own optimiser from its own schedule (Improve steps have lower rates than BC), so gin binds the
-functions here unevaluated: `OPTIMIZER = @optimizers.adamw`, `LEARNING_RATE = @optimizers.rsqrt`.
+functions here unevaluated: `OPTIMIZER = @optimizers.adamw`, `bc/training.Training.schedule = @bc/optimizers.rsqrt`.
 """
 
 from collections.abc import Callable, Mapping

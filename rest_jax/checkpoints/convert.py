@@ -21,7 +21,6 @@ from rest_jax.errors import UserError
 from rest_jax.models import t5
 
 ExportFormat = Literal["t5x", "hugging_face"]
-EXPORT_FORMATS: tuple[ExportFormat, ...] = ("t5x", "hugging_face")
 CONFIG_GIN, RUN = "config.gin", "run.json"
 
 

@@ -52,8 +52,9 @@ def get_task(name: str, *, module_imports: Sequence[str] = ()) -> seqio.Task | s
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise UserError(
-                f"MIXTURE_OR_TASK_MODULES: cannot import {module!r} (no module {error.name!r}); give an importable "
-                "module that registers seqio tasks, e.g. 'rest_jax.tasks.demo', and put its folder on PYTHONPATH"
+                f"TASK_MODULES (--task_module): cannot import {module!r} (no module {error.name!r}); give an "
+                "importable module that registers seqio tasks, e.g. 'rest_jax.tasks.demo', and put its folder on "
+                "PYTHONPATH"
             ) from error
     try:
         return seqio.get_mixture_or_task(name)
@@ -63,7 +64,7 @@ def get_task(name: str, *, module_imports: Sequence[str] = ()) -> seqio.Task | s
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
             f"MIXTURE_OR_TASK_NAME: no task or mixture {name!r} is registered; {hint}{_listed(known)}; name "
-            f"the module that registers it in MIXTURE_OR_TASK_MODULES (given: {list(module_imports)!r})"
+            f"the module that registers it in TASK_MODULES, or --task_module (given: {list(module_imports)!r})"
         ) from error
 
 

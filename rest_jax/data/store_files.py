@@ -61,8 +61,8 @@ def describe(path: Path) -> dict[str, Any]:
 def remedy(directory: Path) -> str:
     """What a user does about a damaged file."""
     return (
-        f"delete the file if it is there, delete {directory / DONE_FILE}, and run the same command again: it draws "
-        "only the missing chunk"
+        f"delete the file if it is there, delete {DONE_FILE} and RESULT.json in {directory}, and run the same command "
+        "again: it draws only the missing chunk"
     )
 
 

@@ -185,7 +185,7 @@ def test_unknown_task_is_answered_with_a_near_one(tmp_path: Path) -> None:
 
 
 def test_unknown_module_is_named() -> None:
-    with pytest.raises(UserError, match="MIXTURE_OR_TASK_MODULES: cannot import 'rest_jax.tasks.nothing'"):
+    with pytest.raises(UserError, match=r"TASK_MODULES \(--task_module\): cannot import 'rest_jax.tasks.nothing'"):
         seqio_tasks.get_task("demo_de_en", module_imports=["rest_jax.tasks.nothing"])
 
 
