@@ -30,7 +30,8 @@ PYTHON
 )
 if "$DRY_RUN"; then
   printf '%s\n' "$manifest"
-  execute kubectl apply --filename=-
+  execute kubectl create --filename=-
 else
-  kubectl apply --filename=- <<<"$manifest"
+  # Not `apply`: of a JobSet that has ended it would say "unchanged", and start nothing.
+  kubectl create --filename=- <<<"$manifest"
 fi

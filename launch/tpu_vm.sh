@@ -60,6 +60,7 @@ case "$action" in
     # The exit code is read from a file: gcloud's own says no more than that some host failed.
     line="rm -f ~/rest_jax.stopped ~/rest_jax.exit; ~/rest_jax/bin/python -u -m rest_jax $(quoted "${ARGUMENTS[@]}"); echo \$? > ~/rest_jax.exit"
     ask=(gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${place[@]}" --worker=0 "--command=cat ~/rest_jax.exit")
+    asked=(gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${place[@]}" --worker=0 "--command=test ! -e ~/rest_jax.stopped || echo stopped")
     restarts=0
     while true; do
       on_every_host "$line" || true
@@ -70,7 +71,8 @@ case "$action" in
       code=$("${ask[@]}") || code=255 # the host is gone
       case "$code" in
         0 | 2) exit "$code" ;;
-        42) on_every_host "! test -e ~/rest_jax.stopped" || exit 42 ;;
+        # Only a host that says so was stopped: one that can not be asked may have been taken away.
+      42) [[ "$("${asked[@]}")" != stopped ]] || exit 42 ;;
         *) ((restarts++ < ${MAX_RESTARTS:-3})) || exit "$code" ;;
       esac
       printf '%s: exit code %s; again\n' "${0##*/}" "$code" >&2

@@ -28,6 +28,7 @@ from rest_jax.rewards.base import Reward
 from rest_jax.rewards.guards import GUARD_PREFIX
 from rest_jax.sampling import Sampling
 from rest_jax.sampling.scored import Program, choose_sources, chunks, run_chunks, sample_and_score
+from rest_jax.training import training_flops
 
 Params = Any
 Batch = Mapping[str, jax.Array]
@@ -287,7 +288,9 @@ def grow(
         stream=grow_step,
     )
     for number, group, result in drawn:
-        _append(writer, number, group, result, dataset=dataset, policy_step=policy_step, progress=progress)
+        _append(
+            writer, number, group, result, params=params, dataset=dataset, policy_step=policy_step, progress=progress
+        )
         if stop_requested():
             raise Preempted(f"{phase}: stopped at chunk {number + 1} of {len(groups)}; finished chunks are saved.")
     processes.wait(f"{phase}: all chunks written")
@@ -318,6 +321,7 @@ def _append(
     group: LengthGroup,
     result: Mapping[str, Any],
     *,
+    params: Params,
     dataset: TokenDataset,
     policy_step: int,
     progress: ProgressLine,
@@ -357,7 +361,11 @@ def _append(
     values = {"reward": mean, "kept": int(kept.sum()) / max(count, 1)}
     if statistics["slot_steps"]:
         values["utilisation"] = int(statistics["length_sum"]) / int(statistics["slot_steps"])
-    progress.advance(1, tokens=int(statistics["length_sum"]), **values)
+    drawn = int(statistics["length_sum"])
+    source_tokens = float(np.sum(np.asarray(dataset.source_lengths)[group.indices]))
+    # Of the three passes that training counts, the forward one; a source is encoded once, whatever is drawn for it.
+    flops = training_flops(params, source_tokens=source_tokens, target_tokens=drawn) / 3
+    progress.advance(1, tokens=drawn, flops=flops, **values)
 
 
 def fetch_survivors(survivors: Mapping[str, jax.Array], kept: np.ndarray) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from rest_jax.errors import Preempted, UserError
 
 BARRIER_SECONDS = 600
 # Tokenising a large corpus: a process that dies meanwhile is noticed by its heartbeat.
-_DAY = 24 * 3600
+DAY = 24 * 3600
 # Others notice a failure when their own connections to the lost process break.
 _FAILURE_SECONDS = 20.0
 
@@ -48,13 +48,13 @@ class Processes:
     def lead(self) -> bool:
         return self.index == 0
 
-    def wait(self, name: str) -> None:
+    def wait(self, name: str, *, timeout: float | None = None) -> None:
         """Returns when all processes are here.
 
         Raises:
           LostProcessError: some did not come in time; the message names them.
         """
-        self.gather(name, "")
+        self.gather(name, "", timeout=timeout)
 
     def gather(self, name: str, value: str, *, timeout: float | None = None) -> list[str]:
         """What each process says, in their order. For a few hundred bytes.
@@ -97,12 +97,12 @@ class Processes:
     def lead_first(self, name: str) -> Iterator[None]:
         """Process 0 runs the body before the others do, so that they find what it made."""
         if not self.lead:
-            self.gather(name, "", timeout=_DAY)
+            self.gather(name, "", timeout=DAY)
         try:
             yield
         finally:
             if self.lead:
-                self.gather(name, "", timeout=_DAY)
+                self.gather(name, "", timeout=DAY)
 
     def wait_for_file(self, path: Path) -> None:
         """After process 0 has written `path`: returns when all processes see it.
@@ -122,10 +122,16 @@ class Processes:
         if self.count == 1:
             return
         probe = directory / f".seen-by-all-{self.gather('probe', str(os.getpid()))[0]}"
+        problem = ""
         if self.lead:
-            directory.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-        self.wait("probe written")
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                probe.touch()
+            except OSError as error:
+                problem = f"{error}"
+        problem = self.gather("probe written", problem)[0]
+        if problem:
+            raise UserError(f"{name} {str(directory)!r} can not be written: {problem}. Give a folder that can.")
         seen = self.gather("probe seen", str(_appears(probe)))
         if self.lead:
             probe.unlink()
@@ -207,10 +213,13 @@ def joined(
         yield processes
     except (UserError, Preempted):
         raise
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        lost = processes.who_is_lost()
-        print(f"rest_jax: process {processes.index}: {lost or 'all processes are alive.'}", file=sys.stderr, flush=True)
+        if isinstance(error, LostProcessError | jax.errors.JaxRuntimeError):
+            found = processes.who_is_lost() or "all processes are alive."
+        else:
+            found = "it failed by itself (above); the others stop when they wait for it."
+        print(f"rest_jax: process {processes.index}: {found}", file=sys.stderr, flush=True)
         if processes.lead:
             time.sleep(2.0)  # The coordination service ends with this process: the others print first.
         sys.stdout.flush()

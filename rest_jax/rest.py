@@ -254,7 +254,7 @@ class Runner:
             eval_set=self._eval_set,
             test_set=self._test_set,
             seed=config.seed,
-            beat=self._beat,
+            stop_requested=self._stop_requested,
         )
 
     def run(self, phases: Iterable[Phase] | None = None) -> None:

@@ -331,7 +331,11 @@ def fit(
 
     def measure(known: float | None = None) -> None:
         with progress.paused():
-            reward = mean_reward(state.params) if known is None else known
+            try:
+                reward = mean_reward(state.params) if known is None else known
+            except Preempted:
+                save()  # measured by the process that goes on from here
+                raise
             history.append((step, reward))
             # Before the checkpoint: a run killed between the two writes this line again, rather than never.
             metrics_writer.write(phase=phase, step=step, scalars={f"eval/{measured[0]}": reward})
@@ -366,6 +370,9 @@ def fit(
         source_tokens = 0.0
         metrics_writer.write(phase=phase, step=step, scalars=scalars)
 
+    def is_measured(step: int) -> bool:
+        return step > 0 and (step % training.eval_period == 0 or step == training.steps)
+
     def out_of_patience() -> bool:
         if training.patience is None or not history:
             return False
@@ -374,6 +381,8 @@ def fit(
     try:
         if step == 0 and initial_reward is not None and not history:
             measure(known=initial_reward)
+        if is_measured(step) and (not history or history[-1][0] != step):
+            measure()
         while step < training.steps and not out_of_patience():
             if profiled is not None:
                 profiled.before(step, waits_for=state.step)
@@ -384,11 +393,10 @@ def fit(
                 state, metrics = step_fn(state, batch, dropout_key)
             pending.append(metrics)
             step += 1
-            at_end = step == training.steps
             stopping = stop_requested()  # Asked once a step: a signal that comes later must find a saved step first.
             if step % training.log_period == 0:
                 flush()
-            if step % training.eval_period == 0 or at_end:
+            if is_measured(step):
                 flush()
                 measure()
             elif step % training.checkpoint_period == 0 or stopping:

@@ -393,5 +393,5 @@ def test_a_subset_of_the_sources_has_the_samples_that_it_has_in_all_of_them(grow
 
 def test_a_chunk_that_the_mesh_cannot_divide_is_refused_before_compilation():
     growing = Growing(sampling=dataclasses.replace(SAMPLING, sources_per_chunk=12))
-    with pytest.raises(UserError, match="Sampling.sources_per_chunk=12"):
+    with pytest.raises(UserError, match="SOURCES_PER_CHUNK=12"):
         compile_grow(growing=growing, model=MODEL, reward=REWARD, partitioner=Partitioner(make_mesh()), max_length=6)

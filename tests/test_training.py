@@ -464,6 +464,29 @@ def test_a_run_that_dies_continues_to_the_same_bytes_and_metrics(tmp_path, measu
     assert scalars(tmp_path / "whole") == scalars(tmp_path / "died")
 
 
+@pytest.mark.parametrize("measurement", [2, 4])
+def test_a_run_stopped_while_it_measures_loses_no_step(tmp_path, measurement):
+    whole = run_fit(tmp_path / "whole")
+    count = iter(range(1, 100))
+
+    def reward(params: Any) -> float:
+        if next(count) == measurement:
+            raise Preempted("stopped while a policy was measured")
+        return float(jax.tree.leaves(params)[0].sum())
+
+    with pytest.raises(Preempted):
+        run_fit(tmp_path / "stopped", rewards=reward)
+    reached = max(kept_steps(tmp_path / "stopped"))
+    assert reached == TRAINING.eval_period * (measurement - 1)
+    assert run_fit(tmp_path / "stopped", initial_params=None) == whole
+    assert_same(load(tmp_path / "whole", 12), load(tmp_path / "stopped", 12))
+    lines = [
+        [{k: v for k, v in line.items() if k != "time"} for line in read_metrics(tmp_path / run)]
+        for run in ("whole", "stopped")
+    ]
+    assert lines[0] == lines[1]
+
+
 def test_what_a_crash_left_of_a_checkpoint_does_no_harm(tmp_path):
     whole = run_fit(tmp_path / "whole")
     asked = iter(range(1, 100))

@@ -1,9 +1,8 @@
 """Commands for checkpoints of other formats: import, export."""
 
-import os
 from typing import Any
 
-from rest_jax.commands.options import AddCommand
+from rest_jax.commands.options import AddCommand, leave_accelerators_alone
 
 
 def register(add: AddCommand) -> None:
@@ -21,14 +20,14 @@ def register(add: AddCommand) -> None:
 
 def _import(options: Any) -> None:
     # Tensors pass through the host alone, like the next command's.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    leave_accelerators_alone()
     from rest_jax.checkpoints.commands import import_command
 
     print(import_command(options.source, options.dest, gin_files=options.gin_file, bindings=options.bindings))
 
 
 def _export(options: Any) -> None:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    leave_accelerators_alone()
     from rest_jax.checkpoints.commands import export_command
 
     print(

@@ -1,6 +1,5 @@
 """The command `compile`: every program of a run, compiled for a TPU topology on a machine without a TPU."""
 
-import os
 from typing import Any
 
 from rest_jax.commands.options import AddCommand, add_gin_options, load_config
@@ -29,9 +28,10 @@ def register(add: AddCommand) -> None:
 
 
 def _compile(options: Any) -> None:
-    # The host only compiles: another accelerator of this machine has nothing to do.
-    os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
+
+    # The host only compiles: an accelerator of this machine has nothing to do.
+    jax.config.update("jax_platforms", "cpu")
 
     from rest_jax import config
     from rest_jax.aot import command

@@ -26,6 +26,15 @@ def add_gin_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tfds_data_dir", help="where TFDS keeps its data sets; without it, $TFDS_DATA_DIR")
 
 
+def leave_accelerators_alone() -> None:
+    """For commands that compute on the host alone: another program may need this machine's accelerator."""
+    # Imported here so that --help is quick; the variable by itself comes too late, JAX has read it.
+    import jax
+
+    if "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")
+
+
 def add_process_options(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("several processes", "found by JAX on TPU VMs, GKE and Slurm; all three elsewhere")
     group.add_argument("--coordinator_address", help="HOST:PORT of process 0, the same for all")

@@ -134,6 +134,8 @@ def _runner(options: Any) -> Iterator[Any]:
             rest.data.check()
             if together.count > 1 and not options.dry_run:
                 sizes = {split: len(rest.data.open(split)) for split in rest.data.splits}
+        # Where CACHE_DIR is not shared the others tokenise after process 0, which may take longer than a barrier waits.
+        together.wait("data read", timeout=processes.DAY)
         text = plan.describe(draft)
         if options.dry_run:
             if together.lead:

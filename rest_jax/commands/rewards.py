@@ -3,7 +3,7 @@
 from typing import Any
 
 from rest_jax import paths
-from rest_jax.commands.options import AddCommand, add_gin_options, load_config
+from rest_jax.commands.options import AddCommand, add_gin_options, leave_accelerators_alone, load_config
 from rest_jax.errors import UserError
 
 
@@ -78,10 +78,8 @@ def _audit_reward(options: Any) -> None:
 
 
 def _train_language_id(options: Any) -> None:
-    import os
-
     # Counting is done by the processor; an accelerator would be taken for nothing.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    leave_accelerators_alone()
 
     from rest_jax.data.lines import read_lines
     from rest_jax.rewards import language

@@ -1,10 +1,9 @@
 """Commands that read what a run left: filter, rescore, report."""
 
 import argparse
-import os
 from typing import Any
 
-from rest_jax.commands.options import AddCommand, add_gin_options, load_config
+from rest_jax.commands.options import AddCommand, add_gin_options, leave_accelerators_alone, load_config
 
 
 def register(add: AddCommand) -> None:
@@ -45,7 +44,7 @@ def _add_filter_options(sub: argparse.ArgumentParser) -> None:
 
 def _filter(options: Any) -> None:
     # Rewards are compared on the host: an accelerator, and its memory, would be taken for nothing.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    leave_accelerators_alone()
     from rest_jax import filter_text, filters
     from rest_jax.data.store import ScoredStore
 

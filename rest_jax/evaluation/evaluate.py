@@ -13,7 +13,7 @@ import numpy as np
 from rest_jax import paths
 from rest_jax.data.token_dataset import TokenDataset
 from rest_jax.data.vocabulary import adopt
-from rest_jax.errors import UserError
+from rest_jax.errors import Preempted, UserError
 from rest_jax.evaluation.best_of_n import best_of_n_curve, distinct_samples
 from rest_jax.evaluation.metrics import corpus_scores
 from rest_jax.partitioning import Partitioner
@@ -70,7 +70,10 @@ class Evaluation:
 
 
 class Evaluator:
-    """Compiled programs for one model, reward and mesh; all methods are functions of the parameters alone."""
+    """Compiled programs for one model, reward and mesh; all methods are functions of the parameters alone.
+
+    `stop_requested` is asked once a chunk of sources, and `Preempted` raised when it says so.
+    """
 
     def __init__(
         self,
@@ -85,7 +88,7 @@ class Evaluator:
         eval_set: TokenDataset,
         test_set: TokenDataset,
         seed: int,
-        beat: Callable[[], None] = lambda: None,
+        stop_requested: Callable[[], bool] = lambda: False,
     ):
         self._model = model
         self._reward = reward
@@ -96,7 +99,7 @@ class Evaluator:
         self._eval_set = eval_set
         self._test_set = test_set
         self._seed = seed
-        self._beat = beat  # called at each sign of progress
+        self._stop_requested = stop_requested
         samplings = samplings_of(evaluation)
         self._sampling, self._selection = samplings["evaluate"], samplings["select"]
         self._translation = samplings["translate"]
@@ -136,7 +139,8 @@ class Evaluator:
             seed=self._seed,
             stream=EVALUATION_STREAM,
         ):
-            self._beat()
+            if self._stop_requested():
+                raise Preempted("stopped while a policy was measured; everything before is saved.")
             real = len(group.indices)
             reward, sample = self._partitioner.fetch((result["rewards"], result["samples"].tokens))
             order.append(group.indices)

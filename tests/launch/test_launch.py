@@ -233,7 +233,7 @@ JOBSET = {
 
 def jobset(*arguments):
     *lines, command = dry("gke.sh", *arguments, **GKE)
-    assert command == "kubectl apply --filename=-"
+    assert command == "kubectl create --filename=-"
     return yaml.safe_load("\n".join(lines))
 
 

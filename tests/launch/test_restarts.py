@@ -13,13 +13,14 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 
 # In place of rest_jax: exits with the next code of the file `codes`; "wait" is a run that SIGTERM ends.
 FAKE = """\
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 code, *rest = Path("codes").read_text().split()
 Path("codes").write_text(" ".join(rest))
 if code != "wait":
     sys.exit(int(code))
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))
+Path("pid").write_text(str(os.getpid()))
 print("ready", flush=True)
 time.sleep(600)
 """
@@ -29,7 +30,8 @@ STANDINS = {
     "gcloud": 'for last; do :; done\nexec bash -c "${last#--command=}"',
     # Only among the processes of the test.
     "pkill": f'exec {shutil.which("pkill")} --session "$SESSION" "$@"',
-    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"',
+    # As Slurm's: SIGTERM kills the tasks.
+    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done\n"$@" &\ntrap "kill -KILL $!" TERM\nwait $!',
     "scontrol": 'echo "$@" >> scontrol.log',
     "sleep": "",
 }
@@ -89,8 +91,10 @@ def test_stop_ends_a_tpu_vms_run_for_good(run, tmp_path):
 def test_a_slurm_job_that_sigterm_ended_queues_itself_again(run, tmp_path):
     job = run("slurm.sbatch", "run", "x", codes="wait")
     assert job.stdout.readline() == "ready\n"
-    job.send_signal(signal.SIGTERM)  # to the batch shell alone, as --signal=B: does
+    job.send_signal(signal.SIGTERM)  # to the batch shell, as `scancel --full` does, and no further
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)  # to the steps' tasks, as --signal=TERM does
     assert end(job) == 42
+    assert "#SBATCH --signal=TERM@120\n" in (LAUNCH / "slurm.sbatch").read_text()
     assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
 
 

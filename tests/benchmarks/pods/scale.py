@@ -15,7 +15,7 @@ from tests.benchmarks.pods.__main__ import MODELS
 
 # Samples of a Grow step (Gulcehre et al. 2023, Table 1 and section 4), and their sources.
 DATA_SETS = {"IWSLT 2014 De-En": (16e6, 100), "WMT 2020 Zh-En": (890e6, 25), "Web domain En-Zh": (3e6, 1000)}
-MEAN_LENGTH, MAX_LENGTH = 40, 128  # tokens of a sentence, and what the compiled program may make
+MEAN_LENGTH = 40  # tokens of a sentence
 KEPT, STEPS = 0.1, 4  # the share that passes, and Improve steps, each one pass over it
 UTILISATION = 0.87  # slot-steps that made a token: docs/performance.md, lengths of real sentences
 # Of a stored sample: tokens as int32, its numbers, and a source's rewards.
