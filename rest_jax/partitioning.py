@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rest_jax.errors import UserError
@@ -19,6 +20,8 @@ from rest_jax.models.t5 import PARAM_LOGICAL_AXES, SCAN_AXIS, SCANNED_STACK
 
 MESH_AXES = ("replica", "data", "model")
 BATCH_AXES = ("replica", "data")
+# Of the last two dimensions of an array in a TPU's memory, the last first: what is less is padded.
+_TPU_TILE = (128, 8)
 # (logical axis, mesh axis or axes, None for not sharded); earlier rules go first, a mesh axis serves an array once.
 LogicalAxisRules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
@@ -163,13 +166,31 @@ class Partitioner:
                 spec.append(mesh_axes)
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
+    def param_formats(self, tree: Any) -> Any:
+        """`param_shardings` for what is trained; on TPUs with the order in memory of layers that are scanned.
+
+        There each layer lies in one piece, though T5X's axis of layers is the second. In the order of the axes a train
+        step would copy all gradients from the one order into the other (docs/pods.md). Where a device's part of a layer
+        does not fill tiles, the order is the compiler's. What arrays hold, and what checkpoints store, is the same.
+        """
+        if not _keeps_layers_in_one_piece(self.mesh):
+            return self.param_shardings(tree)
+        return jax.tree_util.tree_map_with_path(self._leaf_format, tree)
+
+    def _leaf_format(self, path: tuple[Any, ...], leaf: Any) -> NamedSharding | Format:
+        sharding, rank = self._leaf_sharding(path, leaf), len(leaf.shape)
+        axes = param_logical_axes(path_name(path), rank=rank) or ()
+        if len(axes) != rank or "layers" not in axes:
+            return sharding
+        others = [axis for axis in range(rank) if axis != SCAN_AXIS]
+        part = sharding.shard_shape(leaf.shape)
+        if any(part[axis] % tile for axis, tile in zip(reversed(others), _TPU_TILE, strict=False)):
+            return sharding
+        return Format(Layout(major_to_minor=(SCAN_AXIS, *others)), sharding)
+
     def with_shardings(self, tree: Any) -> Any:
         """A tree of arrays or shapes -> ShapeDtypeStructs with `param_shardings`, what a checkpoint restores to."""
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            tree,
-            self.param_shardings(tree),
-        )
+        return placed(tree, self.param_shardings(tree))
 
     def batch_sharding(self) -> NamedSharding:
         """Leading axis over all of ('replica', 'data')."""
@@ -246,6 +267,17 @@ class Partitioner:
 
     def _mesh_text(self) -> str:
         return ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())
+
+
+def placed(tree: Any, formats: Any) -> Any:
+    """A tree of arrays or shapes -> ShapeDtypeStructs that lie as the tree of shardings or formats says."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, formats
+    )
+
+
+def _keeps_layers_in_one_piece(mesh: Mesh) -> bool:
+    return bool(mesh.devices.flat[0].platform == "tpu")
 
 
 @functools.cache

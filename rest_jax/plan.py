@@ -61,11 +61,8 @@ def describe(runner: Runner) -> str:
 
 def _abstract_state(runner: Runner, training: training_lib.Training) -> training_lib.TrainState:
     """Shapes of a train state. Calling the optimiser and its schedule also tells gin that they are in use."""
-    return jax.eval_shape(
-        lambda params: training_lib.initial_state(
-            training=training, params=params, partitioner=runner.config.partitioner
-        ),
-        runner.abstract_params,
+    return training_lib.abstract_state(
+        training=training, abstract_params=runner.abstract_params, partitioner=runner.config.partitioner
     )
 
 

@@ -19,7 +19,7 @@ from rest_jax.data.vocabulary import eos_id_of
 from rest_jax.errors import Preempted, UserError
 from rest_jax.objectives import Objective, bc
 from rest_jax.optimizers import MakeOptimizer, MakeSchedule, adamw, cosine
-from rest_jax.partitioning import Partitioner
+from rest_jax.partitioning import Partitioner, placed
 from rest_jax.profiling import ProfiledSteps
 from rest_jax.reporting.metrics_writer import MetricsWriter
 from rest_jax.reporting.progress import ProgressLine
@@ -147,56 +147,83 @@ def train_step(
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
-@functools.partial(jax.jit, static_argnames=("training", "model", "partitioner"), donate_argnums=0)
-def _placed_step(
-    state: TrainState,
-    batch: Mapping[str, jax.Array],
-    dropout_key: jax.Array,
-    learning_rate: jax.Array,
-    *,
-    training: Training,
-    model: Any,
-    partitioner: Partitioner,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """`train_step` with the peak of the schedule as an argument; see `compile_train_step`."""
-    state, metrics = train_step(
-        state,
-        batch,
-        dropout_key,
-        model=model,
-        objective=training.objective,
-        optimizer=_optimizer(training, learning_rate),
-        microbatches=training.microbatches,
-    )
-    return jax.lax.with_sharding_constraint(state, partitioner.param_shardings(state)), metrics
-
-
 def compile_train_step(
-    *, training: Training, model: Any, partitioner: Partitioner
+    *, state: TrainState, training: Training, model: Any, partitioner: Partitioner
 ) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """`train_step` under jit with the mesh's shardings; the old state's memory is reused.
+    """`train_step` under jit with the mesh's formats; the old state's memory is reused.
 
     Phases that differ in their learning rate or in when they measure, as Improve steps do, share one compiled program.
+
+    Args:
+      state: as `initial_state` makes it, or its shapes.
+      training, model, partitioner: what is trained, how and where.
     """
-    return functools.partial(
-        _placed_step,
-        learning_rate=np.float32(training.learning_rate),
-        training=_what_is_compiled(training),
-        model=model,
-        partitioner=partitioner,
-    )
+    formats = _Formats.of(state, partitioner)
+    program = _step_program(_what_is_compiled(training), model, formats)
+    return functools.partial(program, learning_rate=np.float32(training.learning_rate))
 
 
 def initial_state(*, training: Training, params: Params, partitioner: Partitioner) -> TrainState:
     """A state at step 0 around `params`, on the mesh."""
-    return _placed_state(params, training=_what_is_compiled(training), partitioner=partitioner)
+    training = _what_is_compiled(training)
+    shapes = jax.eval_shape(functools.partial(_fresh_state, training), params)
+    state: TrainState = _state_program(training, _Formats.of(shapes, partitioner))(params)
+    return state
 
 
-@functools.partial(jax.jit, static_argnames=("training", "partitioner"))
-def _placed_state(params: Params, *, training: Training, partitioner: Partitioner) -> TrainState:
+def abstract_state(*, training: Training, abstract_params: Params, partitioner: Partitioner) -> TrainState:
+    """Shapes of `initial_state`'s result and how it lies on the mesh: what a checkpoint restores to."""
+    shapes = jax.eval_shape(functools.partial(_fresh_state, _what_is_compiled(training)), abstract_params)
+    state: TrainState = placed(shapes, partitioner.param_formats(shapes))
+    return state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Formats:
+    """How the leaves of a state lie on a mesh, as a key to find a program by."""
+
+    leaves: tuple[Any, ...]
+    structure: Any
+
+    @staticmethod
+    def of(state: TrainState, partitioner: Partitioner) -> "_Formats":
+        leaves, structure = jax.tree.flatten(partitioner.param_formats(state))
+        return _Formats(tuple(leaves), structure)
+
+    def tree(self) -> TrainState:
+        state: TrainState = jax.tree.unflatten(self.structure, self.leaves)
+        return state
+
+
+@functools.cache
+def _step_program(training: Training, model: Any, formats: _Formats) -> Any:
+    """`train_step` with the peak of the schedule as an argument; see `compile_train_step`."""
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(formats.tree(), None))
+    def step(
+        state: TrainState, batch: Mapping[str, jax.Array], dropout_key: jax.Array, *, learning_rate: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        return train_step(
+            state,
+            batch,
+            dropout_key,
+            model=model,
+            objective=training.objective,
+            optimizer=_optimizer(training, learning_rate),
+            microbatches=training.microbatches,
+        )
+
+    return step
+
+
+@functools.cache
+def _state_program(training: Training, formats: _Formats) -> Any:
+    return jax.jit(functools.partial(_fresh_state, training), out_shardings=formats.tree())
+
+
+def _fresh_state(training: Training, params: Params) -> TrainState:
     opt_state = _optimizer(training, training.learning_rate).init(params)
-    state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
-    return jax.lax.with_sharding_constraint(state, partitioner.param_shardings(state))
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
 
 
 def _what_is_compiled(training: Training) -> Training:
@@ -292,19 +319,17 @@ def fit(
       FloatingPointError: the loss is not finite; names the step and the ids of the batch's sources.
     """
     checkpoints = PhaseCheckpoints(directory)
-    abstract = jax.eval_shape(
-        lambda params: initial_state(training=training, params=params, partitioner=partitioner), abstract_params
-    )
+    abstract = abstract_state(training=training, abstract_params=abstract_params, partitioner=partitioner)
     latest = checkpoints.latest_step()
     if latest is None:
         state = initial_state(training=training, params=initial_params(), partitioner=partitioner)
         step, tokens, history = 0, 0, []
     else:
-        tree, saved = checkpoints.restore(latest, abstract_tree=partitioner.with_shardings(abstract.as_t5x()))
+        tree, saved = checkpoints.restore(latest, abstract_tree=abstract.as_t5x())
         state = TrainState.from_t5x(tree)
         step, tokens, history = latest, saved["tokens"], [(int(s), float(r)) for s, r in saved["history"]]
 
-    step_fn = compile_train_step(training=training, model=model, partitioner=partitioner)
+    step_fn = compile_train_step(state=abstract, training=training, model=model, partitioner=partitioner)
     rows = partitioner.local_rows(training.batch_size)
     plan = BatchPlan(
         mixture,

@@ -182,7 +182,7 @@ def test_the_mesh_changes_no_gradient_step(finished: Path, folder: Path) -> None
         partitioner = Partitioner(mesh)
         params = jax.jit(lambda: initial_params(rest.model, jax.random.key(0)))()
         state = initial_state(training=training, params=params, partitioner=partitioner)
-        step = compile_train_step(training=training, model=rest.model, partitioner=partitioner)
+        step = compile_train_step(state=state, training=training, model=rest.model, partitioner=partitioner)
         with partitioner.activation_rules():
             state, metrics = step(state, partitioner.put_batch(plan.batch(0)), jax.random.key(1))
         results.append(jax.device_get((state.params, metrics)))

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from rest_jax import optimizers
+from rest_jax import optimizers, partitioning
 from rest_jax.checkpoints import checkpointer
 from rest_jax.data.batching import BatchPlan, MixtureSpec
 from rest_jax.errors import Preempted, UserError
@@ -96,7 +96,7 @@ def one_step(
 ):
     """Parameters and metrics after some steps of the compiled program."""
     state = initial_state(training=training, params=make_params(), partitioner=partitioner)
-    program = compile_train_step(training=training, model=model, partitioner=partitioner)
+    program = compile_train_step(state=state, training=training, model=model, partitioner=partitioner)
     for step in range(steps):
         state, metrics = program(state, partitioner.put_batch(make_batch(step)), jax.random.key(0))
     return jax.device_get(state), jax.device_get(metrics)
@@ -194,7 +194,7 @@ def test_optimizers_learn(optimizer, schedule, learning_rate):
         TRAINING, optimizer=optimizer, schedule=schedule, learning_rate=learning_rate, steps=30
     )
     state = initial_state(training=training, params=make_params(), partitioner=ONE_DEVICE)
-    program = compile_train_step(training=training, model=MODEL, partitioner=ONE_DEVICE)
+    program = compile_train_step(state=state, training=training, model=MODEL, partitioner=ONE_DEVICE)
     batch, losses = ONE_DEVICE.put_batch(make_batch()), []
     for _ in range(training.steps):
         state, metrics = program(state, batch, jax.random.key(0))
@@ -273,7 +273,7 @@ def test_a_mesh_of_eight_devices_trains_as_one_device_does(layout, optimizer, mi
 def test_parameters_and_moments_lie_split_over_the_data_axis():
     partitioner = Partitioner(make_mesh(), standard_logical_axis_rules(parameter_partitioning_dims=2))
     state = initial_state(training=TRAINING, params=make_params(), partitioner=partitioner)
-    program = compile_train_step(training=TRAINING, model=MODEL, partitioner=partitioner)
+    program = compile_train_step(state=state, training=TRAINING, model=MODEL, partitioner=partitioner)
     before = jax.tree.map(lambda leaf: leaf.sharding, state)
     state, _ = program(state, partitioner.put_batch(make_batch()), jax.random.key(0))
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
@@ -299,9 +299,9 @@ def run_fit(
     The first is that of the initial parameters, which `start_measured=False` leaves out.
     """
     start_measured = changes.pop("start_measured", True)
-    options = {"model": MODEL, "initial_params": make_params, "mixture": MIXTURE} | {
-        key: changes.pop(key) for key in ("model", "initial_params", "mixture", "training") if key in changes
-    }
+    options = {"model": MODEL, "initial_params": make_params, "mixture": MIXTURE}
+    options |= {"abstract_params": jax.eval_shape(make_params), "partitioner": ONE_DEVICE}
+    options |= {key: changes.pop(key) for key in (*options, "training") if key in changes}
     training = dataclasses.replace(options.pop("training", TRAINING), **changes)
     if rewards is None:
         rewards = lambda params: float(jax.tree.leaves(params)[0].sum())  # noqa: E731
@@ -311,8 +311,6 @@ def run_fit(
         return fit(
             directory=directory / "phase",
             training=training,
-            partitioner=ONE_DEVICE,
-            abstract_params=jax.eval_shape(make_params),
             lengths={"inputs": LENGTH, "targets": LENGTH},
             mean_reward=mean_reward,
             initial_reward=initial_reward,
@@ -343,7 +341,7 @@ def after_steps(steps: int) -> Any:
     """The parameters that `TRAINING` has after so many steps, without the loop."""
     plan = BatchPlan(MIXTURE, batch_size=ROWS, source_length=LENGTH, target_length=LENGTH, pack=True, seed=7)
     state = initial_state(training=TRAINING, params=make_params(), partitioner=ONE_DEVICE)
-    program = compile_train_step(training=TRAINING, model=MODEL, partitioner=ONE_DEVICE)
+    program = compile_train_step(state=state, training=TRAINING, model=MODEL, partitioner=ONE_DEVICE)
     for step in range(steps):
         state, _ = program(state, ONE_DEVICE.put_batch(plan.batch(step)), jax.random.key(7))
     return state.params
@@ -441,6 +439,43 @@ def test_a_stopped_run_continues_to_the_same_bytes(tmp_path, optimizer, stop_at)
     assert run_fit(tmp_path / "stopped", initial_params=None, **changes) == whole
     for step in kept_steps(tmp_path / "whole"):
         assert_same(load(tmp_path / "whole", step), load(tmp_path / "stopped", step))
+
+
+@pytest.mark.parametrize("optimizer", [optimizers.adamw, optimizers.adafactor])
+def test_layers_that_lie_in_one_piece_train_and_continue_as_others_do(tmp_path, monkeypatch, optimizer):
+    """As on TPUs: an order in memory, which no value and no checkpoint depends on."""
+    model = make_model(scan_layers=True, num_encoder_layers=2, num_decoder_layers=3)
+    shapes = {"encoder_input_tokens": (1, 1), "decoder_input_tokens": (1, 1)}
+    params = jax.device_get(model.get_initial_variables(jax.random.key(0), shapes)["params"])
+    layouts = []
+
+    def reward(params: Any) -> float:
+        kernel = params["decoder"]["decoder"]["mlp"]["wo"]["kernel"]
+        layouts.append(kernel.format.layout.major_to_minor)
+        return float(kernel.sum())
+
+    changes = dict(model=model, abstract_params=params, optimizer=optimizer, start_measured=False, rewards=reward)
+    changes["partitioner"] = Partitioner(make_mesh(), standard_logical_axis_rules(parameter_partitioning_dims=2))
+    whole = run_fit(tmp_path / "in the order of the axes", initial_params=lambda: params, **changes)
+    assert set(layouts) == {(0, 1, 2)}
+    layouts.clear()
+    monkeypatch.setattr(partitioning, "_keeps_layers_in_one_piece", lambda mesh: True)
+    asked = iter(range(1, 100))
+    with pytest.raises(Preempted):
+        run_fit(tmp_path / "pieces", initial_params=lambda: params, stop=lambda: next(asked) >= 6, **changes)
+    resumed = run_fit(tmp_path / "pieces", initial_params=None, **changes)
+    assert set(layouts) == {(1, 0, 2)}
+    assert resumed == whole
+    for step in kept_steps(tmp_path / "pieces"):
+        trees = [
+            checkpointer.load_params(
+                str(checkpointer.step_directory(directory / "phase", step)),
+                abstract_params=params,
+                partitioner=ONE_DEVICE,
+            )
+            for directory in (tmp_path / "in the order of the axes", tmp_path / "pieces")
+        ]
+        assert_same(*trees)
 
 
 @pytest.mark.parametrize("measurement", [1, 2, 4])

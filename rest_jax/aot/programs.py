@@ -17,7 +17,7 @@ from rest_jax.partitioning import Partitioner
 from rest_jax.rest import ReST
 from rest_jax.sampling import Sampling, sampling_shapes
 from rest_jax.sampling.scored import compile_sample_and_score
-from rest_jax.training import Training, compile_train_step, initial_state
+from rest_jax.training import Training, abstract_state, compile_train_step
 
 PHASES = ("bc", "grow", "improve", "evaluate")
 
@@ -109,9 +109,7 @@ def programs(config: ReST, *, phases: tuple[str, ...] = PHASES) -> list[Program]
 def _train(config: ReST, phase: str, training: Training, params: Any) -> Program:
     partitioner = config.partitioner
     partitioner.check_batch_divisible(training.batch_size, "BATCH_SIZE", microbatches=training.microbatches)
-    state = jax.eval_shape(
-        lambda params: initial_state(training=training, params=params, partitioner=partitioner), params
-    )
+    state = abstract_state(training=training, abstract_params=params, partitioner=partitioner)
     shapes = feature_shapes(
         batch_size=training.batch_size,
         source_length=config.data.lengths["inputs"],
@@ -119,12 +117,12 @@ def _train(config: ReST, phase: str, training: Training, params: Any) -> Program
         pack=training.pack,
     )
     batch = _placed(shapes, partitioner.batch_sharding())
-    step: Any = compile_train_step(training=training, model=config.model, partitioner=partitioner)
+    step: Any = compile_train_step(state=state, training=training, model=config.model, partitioner=partitioner)
     return Program(
         phase=phase,
         name=phase,
         jitted=step.func,
-        arguments=(partitioner.with_shardings(state), batch, jax.eval_shape(lambda: jax.random.key(0))),
+        arguments=(state, batch, jax.eval_shape(lambda: jax.random.key(0))),
         keywords=step.keywords,
         partitioner=partitioner,
         training=training,

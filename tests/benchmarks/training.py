@@ -79,8 +79,8 @@ def jax_run(model: EncoderDecoderModel, batches: list[dict[str, np.ndarray]], tr
     partitioner = Partitioner(make_mesh())
     shapes = {"encoder_input_tokens": (1, 1), "decoder_input_tokens": (1, 1)}
     params = model.get_initial_variables(jax.random.key(0), shapes)["params"]
-    step = compile_train_step(training=training, model=model, partitioner=partitioner)
     state = initial_state(training=training, params=params, partitioner=partitioner)
+    step = compile_train_step(state=state, training=training, model=model, partitioner=partitioner)
 
     def run() -> float:
         nonlocal state

@@ -1,10 +1,13 @@
 """Compiles every public model for every TPU, Grow and Improve, and writes the table of `docs/pods.md`.
 
-    python -m tests.benchmarks.pods --json build/pods.json [--models t5_1_1_small ...] [--chips v5e ...]
+    python -m tests.benchmarks.pods --json build/pods.json [--models t5_1_1_small ...] [--chips v5e ...] [--every]
 
-Each row is one run of `python -m rest_jax compile`. What is kept is the first that fits of: 'model' of 1, 2, 4, ...
-devices, for Improve each with the parameters whole on every data shard, then split over 'data'. Rows that stand in the
-file are not compiled again, so that a run that was stopped goes on.
+Each program is compiled by one run of `python -m rest_jax compile`. What is kept is the narrowest 'model' that fits. On
+one host Improve has its parameters whole on every data shard or, where those do not fit, split over 'data'; on 256
+chips they are split. Data shards of a Grow step exchange nothing but two sums at its end, so a chip's program is that
+of any number of them: it is compiled for one host, and for the others too with `--every`.
+
+What stands in the file is not compiled again, so that a run that was stopped goes on.
 """
 
 import argparse
@@ -51,18 +54,19 @@ def main() -> None:
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--chips", nargs="+", default=list(TOPOLOGIES), choices=TOPOLOGIES)
-    parser.add_argument("--scales", nargs="+", default=["slice", "host", "slices"])
+    parser.add_argument("--scales", nargs="+", default=["host", "slice", "slices"], choices=["host", "slice", "slices"])
     parser.add_argument("--phases", nargs="+", default=["grow", "improve"], choices=["grow", "improve"])
     parser.add_argument("--effort", type=float, default=0.0, help="the compiler's; less makes other, slower programs")
+    parser.add_argument("--every", action="store_true", help="also Grow for more than one host")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     found: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     wanted = [
         (model, chip, scale, phase)
-        for scale in options.scales
+        for phase in options.phases
+        for scale in (options.scales if phase == "improve" or options.every else ["host"])
         for chip in options.chips
         for model in options.models
-        for phase in options.phases
         if "/".join((model, chip, scale, phase)) not in found
     ]
 
@@ -89,7 +93,8 @@ def compile_row(model: str, chip: str, scale: str, phase: str, *, effort: float)
     devices = CHIPS["host" if scale == "host" else "slice"][chip] * slices
     vocabulary_size, parameters = MODELS[model]
     reason = "the parameters alone are more than the chip has"
-    for width, over_data in itertools.product(MODEL_PARALLEL, (False, True) if phase == "improve" else (False,)):
+    splits = ((False, True) if scale == "host" else (True,)) if phase == "improve" else (False,)
+    for width, over_data in itertools.product(MODEL_PARALLEL, splits):
         if devices % (slices * width):
             continue
         if not over_data and BYTES_PER_PARAMETER[phase] * parameters / width > HBM[chip]:
@@ -121,6 +126,26 @@ def compile_row(model: str, chip: str, scale: str, phase: str, *, effort: float)
     return {"fits": False, "reason": reason}
 
 
+def compiled(found: dict[str, Any], model: str, chip: str, scale: str, phase: str) -> dict[str, Any] | None:
+    """What the file has of a row; of a Grow step its data shard's program, compiled for one host."""
+    row: dict[str, Any] | None = found.get(f"{model}/{chip}/{scale}/{phase}")
+    if row is not None or phase == "improve":
+        return row
+    row = found.get(f"{model}/{chip}/host/{phase}")
+    if row is None or not row["fits"]:
+        return None
+    slices = TOPOLOGIES[chip][scale][1]
+    devices = CHIPS["slice"][chip] * slices
+    width = row["mesh"]["model"]
+    (program,) = row["programs"]
+    total = program["tokens_per_second_per_device"] * devices
+    return row | {
+        "devices": devices,
+        "mesh": {"replica": slices, "data": devices // slices // width, "model": width},
+        "programs": [program | {"tokens_per_second": total}],
+    }
+
+
 def cells(phase: str, result: dict[str, Any] | None) -> list[str]:
     """One phase's part of a row of the table."""
     width = 5 if phase == "grow" else 4
@@ -146,7 +171,7 @@ def table(found: dict[str, Any]) -> str:
     for chip, scales in TOPOLOGIES.items():
         for scale, (topology, slices) in scales.items():
             for model in MODELS:
-                results = {phase: found.get(f"{model}/{chip}/{scale}/{phase}") for phase in ("grow", "improve")}
+                results = {phase: compiled(found, model, chip, scale, phase) for phase in ("grow", "improve")}
                 if any(results.values()):
                     where = topology if slices == 1 else f"{slices} x {topology}"
                     rows.append([model, where, *cells("grow", results["grow"]), *cells("improve", results["improve"])])

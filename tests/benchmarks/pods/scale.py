@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.pods.__main__ import MODELS
+from tests.benchmarks.pods.__main__ import MODELS, compiled
 
 # Samples of a Grow step (Gulcehre et al. 2023, Table 1 and section 4), and their sources.
 DATA_SETS = {"IWSLT 2014 De-En": (16e6, 100), "WMT 2020 Zh-En": (890e6, 25), "Web domain En-Zh": (3e6, 1000)}
@@ -35,7 +35,7 @@ def main() -> None:
     )
     print("|---" * 8 + "|")
     for chip in ("v5e", "v5p", "v6e"):
-        rows = [found.get(f"{options.model}/{chip}/{options.scale}/{phase}") for phase in ("grow", "improve")]
+        rows = [compiled(found, options.model, chip, options.scale, phase) for phase in ("grow", "improve")]
         if any(row is None or not row["fits"] for row in rows):
             continue
         for name, (samples, per_source) in DATA_SETS.items():
