@@ -42,8 +42,19 @@ smoke: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-test_slow: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+# The TPU's compiler lies beside the environment, not in it: where JAX finds it without a TPU, each start prints warnings.
+# It is there for Linux on x86_64 alone; elsewhere its tests are skipped.
+TPU_COMPILER := $(VENV)/tpu-compiler
+
+$(TPU_COMPILER)/.installed: $(INSTALLED)
+	rm -rf $(TPU_COMPILER)
+	if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+		$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+			--target $(TPU_COMPILER) libtpu; fi
+	mkdir -p $(@D) && touch $@
+
+test_slow: $(INSTALLED) $(TPU_COMPILER)/.installed
+	PYTHONPATH=$(CURDIR)/$(TPU_COMPILER) $(VENV)/bin/python -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff format --check .

@@ -72,7 +72,7 @@ case "$action" in
       case "$code" in
         0 | 2) exit "$code" ;;
         # Only a host that says so was stopped: one that can not be asked may have been taken away.
-      42) [[ "$("${asked[@]}")" != stopped ]] || exit 42 ;;
+        42) [[ "$("${asked[@]}")" != stopped ]] || exit 42 ;;
         *) ((restarts++ < ${MAX_RESTARTS:-3})) || exit "$code" ;;
       esac
       printf '%s: exit code %s; again\n' "${0##*/}" "$code" >&2

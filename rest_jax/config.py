@@ -194,7 +194,7 @@ def _apply(binding: str, *, imports: str) -> str | None:
         if name in t5x_macros.INSTEAD:
             raise UserError(f"--gin.{name}: {t5x_macros.INSTEAD[name]}.")
     if is_macro and name not in _known_macros():
-        raise UserError(f"--gin.{name}: no gin file defines or uses this macro.{_did_you_mean_macro(name)}")
+        raise UserError(f"--gin.{name}: no gin file defines or uses this macro{_did_you_mean_macro(name)}")
     text = value.strip()
     if not re.search(r"[@%]", text):
         try:
@@ -216,7 +216,7 @@ def _did_you_mean_macro(name: str) -> str:
         return f": {t5x_macros.INSTEAD[name]}."
     known = sorted(_used_macros() - {name})
     close = difflib.get_close_matches(name.upper(), known, n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(close)}?" if close else f" Known: {', '.join(known)}."
+    return f". Did you mean {' or '.join(close)}?" if close else f". Known: {', '.join(known)}."
 
 
 def _explain(error: Exception) -> str:

@@ -271,9 +271,7 @@ class Partitioner:
 
 def placed(tree: Any, formats: Any) -> Any:
     """A tree of arrays or shapes -> ShapeDtypeStructs that lie as the tree of shardings or formats says."""
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, formats
-    )
+    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, formats)
 
 
 def _keeps_layers_in_one_piece(mesh: Mesh) -> bool:

@@ -22,7 +22,7 @@ def register(add: AddCommand) -> None:
         "--effort",
         type=float,
         default=0.0,
-        help="of the compiler, -1 to 1; -1 takes a third of the time, for a program that is somewhat slower",
+        help="of the compiler, -1 to 1; below 0 it takes less time, for a program that is several times slower",
     )
     sub.add_argument("--json", metavar="FILE", help="also write everything that was found there")
 

@@ -1,23 +1,17 @@
-"""Topologies, what does not fit, and the command's errors; with libtpu also a program compiled for one."""
+"""What does not fit, what stands in for what is not here, and the command's errors."""
 
 import importlib.util
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import NamedSharding, PartitionSpec
 
 from rest_jax import chips, cli
-from rest_jax.aot import hlo, measure, stand_in, topology, values
+from rest_jax.aot import measure, stand_in, topology, values
 from rest_jax.errors import UserError
 from rest_jax.partitioning import devices_of_trace, make_mesh, trace_mesh
 from rest_jax.rewards.chrf import ChrF
-from rest_jax.sampling import memory
 
-NEEDS_LIBTPU = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'rest_jax[tpu-compile]'"
-)
 OUT_OF_MEMORY = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. \
 Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.
 
@@ -109,52 +103,3 @@ def test_unknown_effort_is_refused(capsys):
     arguments = ["compile", "--gin_file=models/nano.gin", "--topology=v5e:2x2", "--effort=3"]
     assert cli.main(arguments) == cli.EXIT_USER
     assert "--effort is 3.0" in capsys.readouterr().err
-
-
-@NEEDS_LIBTPU
-def test_a_topology_has_its_devices_memory_and_platform():
-    devices = topology.devices(name="v5e:2x2")
-    mesh = make_mesh(model=2, devices=devices)
-    assert dict(mesh.shape) == {"replica": 1, "data": 2, "model": 2}
-    assert 15 * 2**30 < memory.device_bytes(devices[0]) < 16 * 2**30
-    with trace_mesh(mesh):
-        assert devices_of_trace() == ("tpu", 4)
-    two = make_mesh(replica=2, devices=topology.devices(name="v5e:2x2", slices=2))
-    assert [{device.slice_index for device in replica.ravel()} for replica in two.devices] == [{0}, {1}]
-    with pytest.raises(UserError, match="v5e:3x5"):
-        topology.devices(name="v5e:3x5")
-
-
-@pytest.fixture
-def no_cache():
-    """What is compiled for devices that are not here can not be read back from JAX's cache on disk."""
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    compilation_cache.reset_cache()
-
-
-@NEEDS_LIBTPU
-def test_a_program_compiled_for_a_tpu_is_read(no_cache):
-    mesh = make_mesh(devices=topology.devices(name="v5e:2x2"))
-    whole = NamedSharding(mesh, PartitionSpec())
-    rows = NamedSharding(mesh, PartitionSpec(("replica", "data")))
-
-    def f(kernels, x):
-        return jnp.sum(jax.lax.scan(lambda x, kernel: (x @ kernel, None), x, kernels)[0])
-
-    shapes = (
-        jax.ShapeDtypeStruct((6, 1024, 1024), jnp.bfloat16, sharding=whole),
-        jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16, sharding=rows),
-    )
-    compiled = jax.jit(f).lower(*shapes).compile()
-    analysis = hlo.analyse(compiled.as_text(), devices_per_slice=4)
-    assert not analysis.loops
-    assert [each.kind for each in analysis.once.collectives] == ["all-reduce"]
-    chip = chips.of_device(mesh.devices.flat[0])
-    least = 6 * 2 * 1024**3 / chip.flops
-    assert least < analysis.once.cycles / chip.clock < 4 * least
-    # The layers' kernels are read once each, slice by slice; activations stay in the core's memory.
-    assert 12 * 2**20 <= analysis.once.hbm_bytes < 16 * 2**20
