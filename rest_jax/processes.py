@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src import clusters, distributed  # the public API has neither the key-value store nor "is there a cluster?"
@@ -143,13 +143,20 @@ class Processes:
                 "gs:// path."
             )
 
-    def who_is_lost(self) -> str:
-        """After an error on this process: which others do not answer, in a sentence; empty where all do."""
+    def who_is_lost(self, after: str = "an error") -> str:
+        """After an error on this process: which others do not come to say so too, in a sentence; empty where all do."""
         try:
-            self._meet("after an error", "", timeout=_FAILURE_SECONDS)
+            self._meet(f"after {after}", "", timeout=_FAILURE_SECONDS)
         except LostProcessError as lost:
             return str(lost)
         return ""
+
+    def end(self, *, exit_code: int) -> NoReturn:
+        """Ends this process without waiting for the others, as Python's own exit would."""
+        if self.lead:
+            time.sleep(2.0)  # The coordination service ends with this process: the others print first.
+        sys.stdout.flush()
+        os._exit(exit_code)
 
 
 def _appears(path: Path, *, seconds: float = 10.0) -> bool:
@@ -179,7 +186,8 @@ def joined(
     With no argument at all: alone, unless JAX finds a cluster that it knows: TPU VMs, GKE, Slurm.
 
     An error inside that is not the user's ends this process at once, after it has found out who is lost: the exit that
-    Python would make waits for processes that are no more.
+    Python would make waits for processes that are no more. So does a user's error that not all processes have, with
+    exit code 2.
 
     Raises:
       UserError: some of the three arguments, but not all.
@@ -211,7 +219,13 @@ def joined(
     )
     try:
         yield processes
-    except (UserError, Preempted):
+    except Preempted:
+        raise
+    except UserError as error:
+        # Nobody else is lost where all have it: they end in the usual way.
+        if processes.who_is_lost("an error of the configuration or the data"):
+            print(f"rest_jax: process {processes.index}: {error}", file=sys.stderr, flush=True)
+            processes.end(exit_code=2)
         raise
     except Exception as error:
         traceback.print_exc()
@@ -220,10 +234,7 @@ def joined(
         else:
             found = "it failed by itself (above); the others stop when they wait for it."
         print(f"rest_jax: process {processes.index}: {found}", file=sys.stderr, flush=True)
-        if processes.lead:
-            time.sleep(2.0)  # The coordination service ends with this process: the others print first.
-        sys.stdout.flush()
-        os._exit(1)
+        processes.end(exit_code=1)
 
 
 def _in_a_cluster() -> bool:

@@ -159,7 +159,7 @@ def compile_train_step(
       training, model, partitioner: what is trained, how and where.
     """
     formats = _Formats.of(state, partitioner)
-    program = _step_program(_what_is_compiled(training), model, formats)
+    program = _step_program(_what_is_compiled(training), model, partitioner, formats)
     return functools.partial(program, learning_rate=np.float32(training.learning_rate))
 
 
@@ -196,8 +196,11 @@ class _Formats:
 
 
 @functools.cache
-def _step_program(training: Training, model: Any, formats: _Formats) -> Any:
-    """`train_step` with the peak of the schedule as an argument; see `compile_train_step`."""
+def _step_program(training: Training, model: Any, partitioner: Partitioner, formats: _Formats) -> Any:
+    """`train_step` with the peak of the schedule as an argument; see `compile_train_step`.
+
+    The partitioner is a key alone: the step is traced under its rules, of which JAX's own cache does not know.
+    """
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(formats.tree(), None))
     def step(
@@ -359,7 +362,9 @@ def fit(
             try:
                 reward = mean_reward(state.params) if known is None else known
             except Preempted:
-                save()  # measured by the process that goes on from here
+                # Measured by the process that goes on from here. A saved step is deleted before it is written again.
+                if checkpoints.latest_step() != step:
+                    save()
                 raise
             history.append((step, reward))
             # Before the checkpoint: a run killed between the two writes this line again, rather than never.

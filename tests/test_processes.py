@@ -62,7 +62,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(project: Path, model_dir: Path, *, processes: int) -> list[subprocess.Popen[str]]:
+def start(
+    project: Path, model_dir: Path, *, processes: int, of_the_last: Sequence[str] = ()
+) -> list[subprocess.Popen[str]]:
     """The real command, with two devices a process; what each prints goes to MODEL_DIR.N.log."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -84,6 +86,8 @@ def start(project: Path, model_dir: Path, *, processes: int) -> list[subprocess.
         if processes > 1:
             command += [f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={index}"]
             command += [f"--barrier_seconds={BARRIER_SECONDS}"]
+        if index == processes - 1:
+            command += of_the_last
         with log_of(model_dir, index).open("w") as log:
             started.append(subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=log, text=True))
     return started
@@ -187,6 +191,20 @@ def kill_one_in(project: Path, model_dir: Path, *, begun: Callable[[], bool]) ->
             process.kill()
     said = r"waited \d+ s at .* for process 1 of 2" if code == 1 else r"stopped sending heartbeats\):\n1\n"
     assert re.search(said, log_of(model_dir, 0).read_text())
+
+
+@pytest.mark.slow
+def test_a_setting_that_is_wrong_on_one_host_is_said_there_and_not_tried_again(project: Path) -> None:
+    model_dir = project / "wrong"
+    first, last = start(project, model_dir, processes=2, of_the_last=["--gin.NUM_SAMPLE=3"])
+    try:
+        assert last.wait(timeout=200) == 2
+        assert "NUM_SAMPLE" in log_of(model_dir, 1).read_text()
+        # The other one is told nothing; it waits, and names who did not come, or JAX ends it.
+        assert first.wait(timeout=200) in (1, -signal.SIGABRT)
+    finally:
+        first.kill()
+        last.kill()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The train step against plain formulas, on meshes, and the loop's stops, choices and restarts."""
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -29,6 +30,7 @@ from rest_jax.training import (
     FitResult,
     Training,
     TrainState,
+    abstract_state,
     compile_train_step,
     fit,
     initial_state,
@@ -219,6 +221,16 @@ def test_phases_that_differ_in_their_learning_rate_alone_share_a_program():
         # Half the step; what cancellation leaves of a difference of numbers of this size.
         error = 4 * np.finfo(np.float32).eps * np.abs(old).max()
         np.testing.assert_allclose(a - old, 2 * (b - old), atol=error)
+
+
+def test_partitioners_that_differ_in_their_rules_alone_have_programs_of_their_own():
+    mesh, split = make_mesh(model=2), standard_logical_axis_rules(activation_partitioning_dims=2)
+    state = initial_state(training=TRAINING, params=make_params(), partitioner=ONE_DEVICE)
+    first, again, other = (
+        compile_train_step(state=state, training=TRAINING, model=MODEL, partitioner=partitioner).func
+        for partitioner in (Partitioner(mesh), Partitioner(mesh), Partitioner(mesh, split))
+    )
+    assert first is again is not other
 
 
 def test_bfloat16_activations_train_float32_parameters():
@@ -460,9 +472,16 @@ def test_layers_that_lie_in_one_piece_train_and_continue_as_others_do(tmp_path, 
     assert set(layouts) == {(0, 1, 2)}
     layouts.clear()
     monkeypatch.setattr(partitioning, "_keeps_layers_in_one_piece", lambda mesh: True)
+    monkeypatch.setattr(partitioning, "_TPU_TILE", (1, 1))
     asked = iter(range(1, 100))
     with pytest.raises(Preempted):
         run_fit(tmp_path / "pieces", initial_params=lambda: params, stop=lambda: next(asked) >= 6, **changes)
+    # Measured before any step, as restored: the layout of the first is no program's work.
+    with contextlib.closing(checkpointer.PhaseCheckpoints(tmp_path / "pieces" / "phase")) as checkpoints:
+        training = dataclasses.replace(TRAINING, optimizer=optimizer)
+        state = abstract_state(training=training, abstract_params=params, partitioner=changes["partitioner"])
+        restored, _ = checkpoints.restore(6, abstract_tree=state.as_t5x())
+        reward(restored["target"])
     resumed = run_fit(tmp_path / "pieces", initial_params=None, **changes)
     assert set(layouts) == {(1, 0, 2)}
     assert resumed == whole

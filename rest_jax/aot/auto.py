@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from rest_jax.models.encoder_decoder import EncoderDecoderModel
-from rest_jax.partitioning import Partitioner, make_mesh, standard_logical_axis_rules
+from rest_jax.partitioning import LogicalAxisRules, Partitioner, make_mesh
 from rest_jax.rest import ReST
 
 # Wider models pay with two reductions a layer at every position.
@@ -26,8 +26,7 @@ class Choice:
     def __str__(self) -> str:
         if self.phase in ("grow", "evaluate"):
             return f"MODEL_PARALLEL={self.model_parallel}, slots={self.slots or 'as planned'}"
-        sharded = ", PARAMETER_PARTITIONING_DIMS=2" if self.shards_parameters else ""
-        return f"MODEL_PARALLEL={self.model_parallel}{sharded}"
+        return f"MODEL_PARALLEL={self.model_parallel}, PARAMETER_PARTITIONING_DIMS={2 if self.shards_parameters else 1}"
 
 
 def candidates(config: ReST, *, phases: tuple[str, ...]) -> Iterator[Choice]:
@@ -44,7 +43,7 @@ def candidates(config: ReST, *, phases: tuple[str, ...]) -> Iterator[Choice]:
                     yield _choice(config, phase, Partitioner(wide, config.partitioner.rules), model, slots=slots)
                 continue
             for dims in (1, 2):
-                rules = standard_logical_axis_rules(parameter_partitioning_dims=dims)
+                rules = _with_parameters(config.partitioner.rules, over_data=dims == 2)
                 yield _choice(config, phase, Partitioner(wide, rules), model, shards_parameters=dims == 2)
 
 
@@ -65,6 +64,15 @@ def _choice(
         evaluation=dataclasses.replace(evaluation, sampling=dataclasses.replace(evaluation.sampling, slots=slots)),
     )
     return Choice(phase=phase, config=changed, model_parallel=model, slots=slots, shards_parameters=shards_parameters)
+
+
+def _with_parameters(rules: LogicalAxisRules, *, over_data: bool) -> LogicalAxisRules:
+    """The rules with parameters whole on each data shard, or split over 'data'; all others stay."""
+    split = ("embed", "data")
+    others = [rule for rule in rules if rule != split]
+    if over_data:
+        others.insert(others.index(("embed", None)) if ("embed", None) in others else len(others), split)
+    return tuple(others)
 
 
 def _divides(config: ReST, model: int) -> bool:

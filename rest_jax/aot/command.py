@@ -8,7 +8,7 @@ from rest_jax import chips
 from rest_jax.aot import report
 from rest_jax.aot.auto import Choice, candidates
 from rest_jax.aot.measure import Measured, measure
-from rest_jax.aot.programs import PHASES, Program, programs
+from rest_jax.aot.programs import PHASES, Program, has, programs
 from rest_jax.errors import UserError
 from rest_jax.rest import ReST
 
@@ -50,12 +50,15 @@ def search(config: ReST, *, phases: tuple[str, ...], json_file: str | None) -> N
     """
     print(_header(config), flush=True)
     ranked: dict[str, list[tuple[Choice, Measured]]] = {}
-    for choice in candidates(config, phases=phases):
+    wanted = tuple(phase for phase in phases if has(config, phase))
+    made_for: set[str] = set()
+    for choice in candidates(config, phases=wanted):
         try:
             made = programs(choice.config, phases=(choice.phase,))
         except UserError as error:  # heads, widths or a batch that this mesh can not divide
             print(f"{choice}: {error}", flush=True)
             continue
+        made_for.add(choice.phase)
         for program in made:
             ranked.setdefault(program.name, [])
             try:
@@ -66,7 +69,9 @@ def search(config: ReST, *, phases: tuple[str, ...], json_file: str | None) -> N
             print(f"{choice}\n{report.describe(measured, devices=_devices(config))}", flush=True)
             if measured.fits:
                 ranked[program.name].append((choice, measured))
-    lines, missing = [], [name for name, choices in ranked.items() if not choices]
+    missing = [phase for phase in wanted if phase not in made_for]
+    missing += [name for name, choices in ranked.items() if not choices]
+    lines = []
     for name, choices in ranked.items():
         timed = all(measured.timed for _, measured in choices)
         choices.sort(key=lambda each: _seconds(each[1], timed) / each[1].tokens)

@@ -13,7 +13,7 @@ from rest_jax.errors import UserError
 from rest_jax.evaluation.evaluate import samplings_of
 from rest_jax.grow import compile_grow
 from rest_jax.models.initial_params import initial_params
-from rest_jax.partitioning import Partitioner
+from rest_jax.partitioning import Partitioner, placed
 from rest_jax.rest import ReST
 from rest_jax.sampling import Sampling, sampling_shapes
 from rest_jax.sampling.scored import compile_sample_and_score
@@ -61,6 +61,16 @@ def abstract_params(config: ReST) -> Any:
     return jax.eval_shape(lambda: initial_params(config.model, jax.random.key(config.seed)))
 
 
+def has(config: ReST, phase: str) -> bool:
+    """Whether a run has a phase at all."""
+    needed = {
+        "bc": (config.bc.steps,),
+        "grow": (config.grow_steps,),
+        "improve": (config.grow_steps, config.improve_steps),
+    }
+    return all(needed.get(phase, ()))
+
+
 def programs(config: ReST, *, phases: tuple[str, ...] = PHASES) -> list[Program]:
     """What a run compiles in `phases`.
 
@@ -75,9 +85,9 @@ def programs(config: ReST, *, phases: tuple[str, ...] = PHASES) -> list[Program]
     reward_bytes = 0
     if {"grow", "evaluate"} & set(phases):
         reward_bytes = checkpointer.bytes_on_device(config.reward.init(config.data.vocabulary), config.partitioner)
-    if "bc" in phases and config.bc.steps:
+    if "bc" in phases and has(config, "bc"):
         made.append(_train(config, "bc", config.bc, params))
-    if "grow" in phases and config.grow_steps:
+    if "grow" in phases and has(config, "grow"):
         jitted = compile_grow(
             growing=config.growing,
             model=config.model,
@@ -87,8 +97,9 @@ def programs(config: ReST, *, phases: tuple[str, ...] = PHASES) -> list[Program]
             reward_bytes=reward_bytes,
         )
         shapes = sampling_shapes(config.model, params)
+        shapes = config.partitioner.with_shardings(shapes)
         made.append(_sample(config, "grow", "grow", config.growing.sampling, jitted, shapes, reward_bytes))
-    if "improve" in phases and config.grow_steps and config.improve_steps:
+    if "improve" in phases and has(config, "improve"):
         made.append(_train(config, "improve", config.improving.training, params))
     if "evaluate" in phases:
         for name, sampling in samplings_of(config.evaluation).items():
@@ -100,7 +111,10 @@ def programs(config: ReST, *, phases: tuple[str, ...] = PHASES) -> list[Program]
                 max_length=config.data.lengths["targets"],
                 reward_bytes=reward_bytes,
             )
-            made.append(_sample(config, "evaluate", name, sampling, jitted, params, reward_bytes))
+            # The choice of a checkpoint draws from a train state, as it lies in memory.
+            formats = config.partitioner.param_formats if name == "select" else config.partitioner.param_shardings
+            placed_params = placed(params, formats(params))
+            made.append(_sample(config, "evaluate", name, sampling, jitted, placed_params, reward_bytes))
     if not made:
         raise UserError(f"--phase: this configuration has nothing to compile in {', '.join(phases)}.")
     return made
@@ -152,7 +166,7 @@ def _sample(
         name=name,
         jitted=jitted,
         arguments=(
-            partitioner.with_shardings(params),
+            params,
             checkpointer.abstract_params(config.reward.init(config.data.vocabulary), partitioner),
             _placed(batch, partitioner.batch_sharding()),
             number,

@@ -76,11 +76,15 @@ class PhaseCheckpoints:
         return self._manager.latest_step()
 
     def restore(self, step: int, *, abstract_tree: Tree) -> tuple[Tree, dict[str, Any]]:
-        """The tree of a step, placed as `abstract_tree` (ShapeDtypeStructs with shardings) says, and its progress."""
+        """The tree of a step, placed as `abstract_tree` (ShapeDtypeStructs with shardings or formats) says, and its
+        progress."""
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                **{STATE_ITEM: ocp.args.StandardRestore(abstract_tree), "progress": ocp.args.JsonRestore()}
+                **{
+                    STATE_ITEM: ocp.args.StandardRestore(abstract_tree, support_layout=True),
+                    "progress": ocp.args.JsonRestore(),
+                }
             ),
         )
         return restored[STATE_ITEM], restored["progress"]

@@ -102,8 +102,19 @@ def test_what_does_not_fit_is_named_after_all_were_tried(config, tmp_path, monke
 def test_the_search_ranks_the_meshes_that_the_model_divides_by(config, tmp_path, capsys):
     widths = [choice.model_parallel for choice in auto.candidates(config, phases=("improve",))]
     assert widths == [1, 1, 2, 2]  # of two heads; parameters whole, and over 'data'
+    split = ("embed", "data")
+    rules = [choice.config.partitioner.rules for choice in auto.candidates(config, phases=("improve",))]
+    assert [split in each for each in rules] == [False, True, False, True]
+    assert {tuple(rule for rule in each if rule != split) for each in rules} == {config.partitioner.rules}
     command.search(config, phases=("improve",), json_file=str(tmp_path / "ranked.json"))
     ranked = json.loads((tmp_path / "ranked.json").read_text())["ranked"]["improve"]
     assert len(ranked) == 4
     assert [each["roofline_seconds"] for each in ranked] == sorted(each["roofline_seconds"] for each in ranked)
     assert "improve 1. MODEL_PARALLEL=" in capsys.readouterr().out
+
+
+def test_a_phase_that_no_mesh_divides_is_named_though_others_are_ranked(config, tmp_path):
+    config = dataclasses.replace(config, bc=dataclasses.replace(config.bc, batch_size=7))
+    with pytest.raises(UserError, match="that holds bc:"):
+        command.search(config, phases=("bc", "improve"), json_file=str(tmp_path / "ranked.json"))
+    assert len(json.loads((tmp_path / "ranked.json").read_text())["ranked"]["improve"]) == 4

@@ -133,7 +133,7 @@ def compiled(found: dict[str, Any], model: str, chip: str, scale: str, phase: st
         return row
     row = found.get(f"{model}/{chip}/host/{phase}")
     if row is None or not row["fits"]:
-        return None
+        return row
     slices = TOPOLOGIES[chip][scale][1]
     devices = CHIPS["slice"][chip] * slices
     width = row["mesh"]["model"]
