@@ -1,6 +1,6 @@
 # make smoke   ReST on the parallel text in the repository: a table, a report, about seven minutes after the installation
 # make test    the tests that a change should pass before it is shown
-# make test_slow  the others: runs that are killed and resumed, four processes, ten thousand pairs
+# make test_slow  the others: runs that are killed and resumed, four processes, ten thousand pairs, the TPU's compiler
 # make lint    formatting, lint, types
 # Each makes .venv first (Python 3.11 or newer and a network are all it needs); a second run uses it again.
 
