@@ -7,7 +7,7 @@ from rest_jax.models.encoder_decoder import EncoderDecoderModel
 from rest_jax.partitioning import LogicalAxisRules, Partitioner, make_mesh
 from rest_jax.rest import ReST
 
-# Wider models pay with two reductions a layer at every position.
+# Wider models pay with three reductions of each decoder layer at every position.
 MODEL_PARALLEL = (1, 2, 4, 8, 16)
 # As many as are of use or fit, by the memory plan; then fewer, where the compiler needs more than was planned.
 SLOTS = (None, 512, 128)
