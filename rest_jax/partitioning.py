@@ -270,8 +270,12 @@ class Partitioner:
 
 
 def placed(tree: Any, formats: Any) -> Any:
-    """A tree of arrays or shapes -> ShapeDtypeStructs that lie as the tree of shardings or formats says."""
-    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, formats)
+    """Arrays or shapes -> ShapeDtypeStructs that lie as a tree of shardings or formats says, or one for all."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        jax.tree.broadcast(formats, tree),
+    )
 
 
 def _keeps_layers_in_one_piece(mesh: Mesh) -> bool:

@@ -541,6 +541,20 @@ def test_a_run_stopped_while_it_measures_loses_no_step(tmp_path, measurement):
     assert lines[0] == lines[1]
 
 
+def test_a_measurement_stopped_twice_leaves_the_checkpoint_alone(tmp_path):
+    """To write it again it would have to be deleted, which a kill may follow."""
+
+    def stopped(params: Any) -> float:
+        raise Preempted("stopped while a policy was measured")
+
+    inodes = []
+    for _ in range(2):
+        with pytest.raises(Preempted):
+            run_fit(tmp_path, rewards=stopped, start_measured=False)
+        inodes.append((tmp_path / "phase" / f"checkpoint_{TRAINING.eval_period}").stat().st_ino)
+    assert inodes[0] == inodes[1]
+
+
 def test_what_a_crash_left_of_a_checkpoint_does_no_harm(tmp_path):
     whole = run_fit(tmp_path / "whole")
     asked = iter(range(1, 100))

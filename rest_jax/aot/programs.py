@@ -130,7 +130,7 @@ def _train(config: ReST, phase: str, training: Training, params: Any) -> Program
         target_length=config.data.lengths["targets"],
         pack=training.pack,
     )
-    batch = _placed(shapes, partitioner.batch_sharding())
+    batch = placed(shapes, partitioner.batch_sharding())
     step: Any = compile_train_step(state=state, training=training, model=config.model, partitioner=partitioner)
     return Program(
         phase=phase,
@@ -168,7 +168,7 @@ def _sample(
         arguments=(
             params,
             checkpointer.abstract_params(config.reward.init(config.data.vocabulary), partitioner),
-            _placed(batch, partitioner.batch_sharding()),
+            placed(batch, partitioner.batch_sharding()),
             number,
             number,
         ),
@@ -177,7 +177,3 @@ def _sample(
         sampling=sampling,
         reward_bytes=reward_bytes,
     )
-
-
-def _placed(tree: Any, sharding: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)

@@ -1,4 +1,4 @@
-"""With the TPU's compiler: topologies, a program read, and Grow and Improve as the command compiles them."""
+"""With the TPU's compiler: topologies, a program read, Grow as the command compiles it, how a train state lies."""
 
 import importlib.util
 import json
